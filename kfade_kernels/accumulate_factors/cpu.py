@@ -1,0 +1,27 @@
+"""`accumulate_factors_` on a CPU: the problems one after the other, each of them already parallel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..syrk import cpu as syrk_cpu
+
+
+def run(
+    packed: list[Tensor],
+    orders: list[int],
+    rows: list[Tensor],
+    masks: list[Tensor | None],
+    ones_columns: list[bool],
+) -> None:
+    for matrix, order, x, mask, ones in zip(packed, orders, rows, masks, ones_columns, strict=True):
+        syrk_cpu.run(matrix, order, x, mask, 1.0, ones)
+
+
+def refuses(packed: list[Tensor], orders: list[int], rows: list[Tensor], *_: object) -> str | None:
+    elsewhere = [str(x.device) for x in rows if x.device.type != "cpu"]
+    return f"rows are on {elsewhere[0]}" if elsewhere else None
+
+
+def configuration(packed: list[Tensor], orders: list[int], rows: list[Tensor], *_: object) -> str:
+    return f"{len(rows)} problems in turn, orders {sorted(set(orders))}"

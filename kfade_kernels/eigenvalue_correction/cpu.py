@@ -1,0 +1,117 @@
+"""`eigenvalue_correction_` on a CPU: squares taken tile by tile, while the product is in cache.
+
+`Λ` is walked in row tiles of about `TILE_ELEMENTS`. For each tile the loop over sequences is inside:
+one GEMM writes this sequence's tile of `gᵀa` to a small buffer, and its square is added to the tile of
+Λ, which stays in cache as well. Nothing of size `B·d_out·d_in` exists.
+
+Each side is rotated where that is cheaper, and the two choices do not depend on each other:
+
+    output side: rotate tokens `g Q_out`  2·T·d_out²    or the gradient `Q_outᵀ G`  2·d_out²·d_in
+    input side:  rotate tokens `a Q_in`   2·T·d_in²     or the gradient `G Q_in`    2·d_in²·d_out
+
+so tokens on the output side when `T < d_in`, on the input side when `T < d_out`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..precision import HAS_BF16_OPERANDS, bf16_operands
+from ..rotation import rotate
+from ..syrk.reference import append_ones
+from .reference import basis
+
+TILE_ELEMENTS = 1 << 18
+
+
+def rotates_tokens(tokens: int, other_width: int) -> bool:
+    """Whether rotating the tokens of one side is cheaper than rotating the gradient."""
+    return tokens < other_width
+
+
+def _accumulate_tiles(lam: Tensor, g: Tensor, a: Tensor) -> None:
+    """`lam += Σ_b (g_bᵀ a_b)∘²`, by row tiles of `lam`."""
+    d_out, d_in = lam.shape
+    rows = max(1, min(d_out, TILE_ELEMENTS // d_in))
+    buffer = lam.new_empty(rows, d_in)
+    for start in range(0, d_out, rows):
+        tile = lam[start : start + rows]
+        product = buffer[: tile.shape[0]]
+        columns = g[:, :, start : start + rows]
+        for sequence in range(g.shape[0]):
+            torch.mm(columns[sequence].T, a[sequence], out=product)
+            tile.addcmul_(product, product)
+
+
+def _accumulate_rotated(
+    lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None
+) -> None:
+    """The same, with the sides that are left rotated as gradients, one sequence at a time."""
+    for sequence in range(g.shape[0]):
+        gradient = g[sequence].T @ a[sequence]
+        if q_out is not None:
+            gradient = q_out.T @ gradient
+        if q_in is not None:
+            gradient = gradient @ q_in
+        lam.addcmul_(gradient, gradient)
+
+
+def run(
+    lam: Tensor,
+    g: Tensor,
+    a: Tensor,
+    q_out: Tensor | None,
+    q_in: Tensor | None,
+    mask: Tensor | None,
+    ones_column: bool,
+) -> None:
+    if g.shape[0] == 0 or g.shape[1] == 0:
+        return
+    if mask is not None and not bool(mask.all()):
+        dropped = ~mask.view(*g.shape[:2], 1)
+        g, a = g.masked_fill(dropped, 0), a.masked_fill(dropped, 0)
+    d_out, d_in = lam.shape
+    tokens = g.shape[1]
+    if q_out is not None and rotates_tokens(tokens, d_in):
+        g, q_out = rotate(g, q_out), None
+    if q_in is not None and rotates_tokens(tokens, d_out):
+        a, q_in = rotate(a, q_in, ones_column=ones_column), None
+    elif ones_column:
+        a = append_ones(a)
+    narrow = g.dtype == a.dtype == torch.bfloat16 and lam.dtype == torch.float32
+    g, a = g.to(lam.dtype), a.to(lam.dtype)
+    if tokens == 1:
+        if q_out is None and q_in is None:
+            # A single token factorises: (g aᵀ)∘² = g∘² (a∘²)ᵀ, so all sequences are one product.
+            lam.addmm_(g[:, 0].square().T, a[:, 0].square())
+            return
+    if q_out is None and q_in is None:
+        with bf16_operands(narrow):
+            _accumulate_tiles(lam, g, a)
+        return
+    _accumulate_rotated(
+        lam,
+        g,
+        a,
+        None if q_out is None else basis(q_out, lam.dtype),
+        None if q_in is None else basis(q_in, lam.dtype),
+    )
+
+
+def refuses(lam: Tensor, *_: object) -> str | None:
+    return None if lam.device.type == "cpu" else f"lam is on {lam.device}"
+
+
+def configuration(
+    lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None, *_: object
+) -> str:
+    tokens = g.shape[1]
+    sides = [
+        f"{side} rotated as {'tokens' if rotates_tokens(tokens, width) else 'gradient'}"
+        for side, q, width in (("output", q_out, lam.shape[1]), ("input", q_in, lam.shape[0]))
+        if q is not None
+    ]
+    narrow = g.dtype == a.dtype == torch.bfloat16 and HAS_BF16_OPERANDS
+    rows = max(1, min(lam.shape[0], TILE_ELEMENTS // lam.shape[1]))
+    return ", ".join([f"tiles of {rows} rows", *sides, "bf16 operands" if narrow else str(lam.dtype)])

@@ -1,0 +1,36 @@
+"""Rotation of token rows into an eigenbasis, `x Q`, with the precision that the basis needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, q: Tensor, *, ones_column: bool = False) -> Tensor:
+    """`x q`, or `[x, 1] q` with a column of ones.
+
+    Args:
+        x: rows `[..., n]`, any float dtype.
+        q: `[n, m]` in float32 or float64, or a bfloat16 pair `[2, n, m]` from `bf16_pair`; with
+            `ones_column`, n + 1 in the place of n.
+        ones_column: whether x stands for x with one last column of ones.
+
+    Returns:
+        `[..., m]`: bfloat16 when both x and the pair are (rounded once, at the end), else the dtype of q
+        (float32 for a pair).
+
+    A bfloat16 pair costs two 16-bit products; the part of x along large eigendirections that the
+    rounding of `high` lets through is taken back by `low`.
+    """
+    rows = q.shape[-2] - int(ones_column)
+    if q.ndim == 2:
+        rotated = x.to(q.dtype) @ q[:rows]
+        return rotated.add_(q[rows]) if ones_column else rotated
+    high, low = q.unbind(0)
+    if x.dtype != torch.bfloat16:
+        whole = high.float().add_(low)
+        return rotate(x, whole, ones_column=ones_column)
+    rotated = (x @ high[:rows]).float().add_(x @ low[:rows])
+    if ones_column:
+        rotated.add_(high[rows]).add_(low[rows])
+    return rotated.to(torch.bfloat16)

@@ -1,0 +1,169 @@
+"""Every option, once: a field of one of these dataclasses, with its unit and its check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+CURVATURES = ("identity", "diagonal", "kfac", "ekfac")
+FISHERS = ("sampled", "empirical")
+DAMPINGS = ("relative", "absolute")
+OBJECTIVES = ("cross_entropy", "npo")
+AUTOCASTS = ("off", "bfloat16", "float16")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+
+
+def _number(name: str, value: object, *, above: float | None = None, minimum: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} is {value}; it must be greater than {above:g}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} is {value}; it must be at least {minimum:g}")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How the curvature of a retain set is fitted.
+
+    Attributes:
+        curvature: `identity`, `diagonal`, `kfac` or `ekfac`.
+        fisher: `sampled` draws labels from the model's softmax (the Gauss-Newton matrix for
+            cross-entropy); `empirical` takes the labels of the data.
+        modules: `mlp`, `attention`, `all-linear`, or a regular expression searched in module names.
+        samples: Monte-Carlo label samples a batch (sampled Fisher only), each one more backward pass.
+        seed: of the sampled labels, which depend on it and on each sequence's own tokens only.
+        layers_per_pass: at most so many layers collect at a time, each group of them with its own
+            passes over the data; None collects all at once.
+        autocast: `off`, `bfloat16` or `float16`: run the model under autocast.
+    """
+
+    curvature: str = "ekfac"
+    fisher: str = "sampled"
+    modules: str = "mlp"
+    samples: int = 1
+    seed: int = 0
+    layers_per_pass: int | None = None
+    autocast: str = "off"
+
+    def __post_init__(self) -> None:
+        _one_of("curvature", self.curvature, CURVATURES)
+        _one_of("fisher", self.fisher, FISHERS)
+        _one_of("autocast", self.autocast, AUTOCASTS)
+        if not isinstance(self.modules, str) or not self.modules:
+            raise ValueError(f"modules is {self.modules!r}; it must be a preset or a regular expression")
+        _integer("samples", self.samples, 1)
+        if self.fisher == "empirical" and self.samples != 1:
+            raise ValueError(f"samples is {self.samples}; the empirical Fisher has no labels to sample: it must be 1")
+        _integer("seed", self.seed, 0)
+        if self.layers_per_pass is not None:
+            _integer("layers_per_pass", self.layers_per_pass, 1)
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """How a forget set is unlearned.
+
+    Attributes:
+        fit: how the retain curvature is fitted.
+        damping: λ of the solve.
+        damping_kind: `relative` multiplies `damping` by the mean eigenvalue of each layer;
+            `absolute` takes it as it is, in the unit of Λ.
+        steps: number of uphill steps.
+        kl_budget: retain KL, in nats a token on held-out retain sequences, that the last step may
+            reach; earlier steps get an equal share. None when `step_size` is given.
+        step_size: η of every step, instead of a budget.
+        objective: `cross_entropy` (the paper's), or `npo`, bounded: each sequence's gradient is
+            weighted by how much of it is still remembered.
+        npo_beta: inverse temperature of the bounded objective.
+        retain_term: from the second step on, put the gradient of the retain KL into the solve.
+        retain_weights: weights c that are tried for it at each step.
+        refit_every: refit the curvature every so many steps; 0 never.
+        holdout: share of the retain sequences kept out of the fit, on which KL is measured.
+        trials: at most so many measurements of KL for one step size.
+    """
+
+    fit: FitConfig = field(default_factory=FitConfig)
+    damping: float = 0.1
+    damping_kind: str = "relative"
+    steps: int = 4
+    kl_budget: float | None = 0.02
+    step_size: float | None = None
+    objective: str = "cross_entropy"
+    npo_beta: float = 0.1
+    retain_term: bool = True
+    retain_weights: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    refit_every: int = 0
+    holdout: float = 0.2
+    trials: int = 8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fit, FitConfig):
+            raise TypeError(f"fit is a {type(self.fit).__name__}; it must be a FitConfig")
+        _one_of("damping_kind", self.damping_kind, DAMPINGS)
+        _one_of("objective", self.objective, OBJECTIVES)
+        _number("damping", self.damping, minimum=0.0)
+        _integer("steps", self.steps, 1)
+        if (self.kl_budget is None) == (self.step_size is None):
+            raise ValueError(
+                f"kl_budget is {self.kl_budget} and step_size is {self.step_size}; exactly one must be given"
+            )
+        if self.kl_budget is not None:
+            _number("kl_budget", self.kl_budget, above=0.0)
+        if self.step_size is not None:
+            _number("step_size", self.step_size, above=0.0)
+        _number("npo_beta", self.npo_beta, above=0.0)
+        for i, weight in enumerate(self.retain_weights):
+            _number(f"retain_weights[{i}]", weight, above=0.0)
+        _integer("refit_every", self.refit_every, 0)
+        _number("holdout", self.holdout, above=0.0)
+        if self.holdout >= 1:
+            raise ValueError(f"holdout is {self.holdout}; it must be a share below 1")
+        _integer("trials", self.trials, 1)
+
+
+def to_dict(config: FitConfig | UnlearnConfig) -> dict[str, Any]:
+    """The fields as plain JSON/YAML values, nested."""
+    values = asdict(config)
+    if "retain_weights" in values:
+        values["retain_weights"] = list(values["retain_weights"])
+    return values
+
+
+def _known(kind: type, values: Mapping[str, Any], where: str) -> None:
+    names = {f.name for f in fields(kind)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ValueError(f"{where} has unknown options {unknown}; it may have {sorted(names)}")
+
+
+def fit_config(values: Mapping[str, Any], where: str = "config") -> FitConfig:
+    """A FitConfig from plain values, refusing what it does not know."""
+    _known(FitConfig, values, where)
+    return FitConfig(**values)
+
+
+def unlearn_config(values: Mapping[str, Any], where: str = "config") -> UnlearnConfig:
+    """An UnlearnConfig from plain values (`fit` nested), refusing what it does not know."""
+    _known(UnlearnConfig, values, where)
+    known = dict(values)
+    if "fit" in known and not isinstance(known["fit"], FitConfig):
+        known["fit"] = fit_config(known["fit"], f"{where}.fit")
+    if "retain_weights" in known:
+        known["retain_weights"] = tuple(known["retain_weights"])
+    return UnlearnConfig(**known)

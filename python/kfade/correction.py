@@ -1,0 +1,82 @@
+"""Third stage: the corrected eigenvalues `Λ_sum = Σ_n (Q_Sᵀ G_n Q_A)∘²`, from per-sequence gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from kfade_kernels import bf16_pair, eigenvalue_correction_, rotate
+from kfade_kernels.eigenvalue_correction.cpu import rotates_tokens
+from torch import Tensor
+
+from .capture import Pair
+from .curvature import LayerCurvature
+from .layers import Layer
+from .loss import Batch, require_finite
+
+
+class CorrectionCollector:
+    """Adds pairs to Λ of their layers; without eigenvectors this is the diagonal Fisher.
+
+    An input that several layers share is rotated once. Layers that compute in bfloat16 are rotated
+    with a bfloat16 pair of eigenvectors, split once and for all.
+    """
+
+    def __init__(
+        self, states: Mapping[str, LayerCurvature], layers: list[Layer], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._states = states
+        self._members = {layer.name: sum(m.group == layer.name for m in layers) for layer in layers}
+        self._outputs = {g: sum(m.d_out for m in layers if m.group == g) for g in {m.group for m in layers}}
+        self._rotated: dict[str, tuple[Tensor, int]] = {}
+        self._pairs: dict[tuple[str, str], Tensor] = {}
+        for state in states.values():
+            state.lambda_sum = torch.zeros(state.d_out, state.width_in, dtype=dtype, device=device)
+
+    def _basis(self, name: str, side: str, dtype: torch.dtype) -> Tensor | None:
+        state = self._states[name]
+        q = state.q_in if side == "in" else state.q_out
+        if q is None or dtype != torch.bfloat16 or q.dtype != torch.float32:
+            return q
+        key = (name, side)
+        if key not in self._pairs:
+            self._pairs[key] = bf16_pair(q)
+        return self._pairs[key]
+
+    def _shared_input(self, layer: Layer, a: Tensor) -> Tensor:
+        """The rotated input of a group `[B, T, width_in]`, computed for its first member and kept for the rest."""
+        found = self._rotated.get(layer.group)
+        if found is None:
+            basis = self._basis(layer.group, "in", a.dtype)
+            assert basis is not None
+            found = (rotate(a, basis, ones_column=layer.has_bias), self._members[layer.group])
+        rotated, uses = found
+        if uses > 1:
+            self._rotated[layer.group] = (rotated, uses - 1)
+        else:
+            self._rotated.pop(layer.group, None)
+        return rotated
+
+    def __call__(self, layer: Layer, pairs: list[Pair], batch: Batch) -> None:
+        state = self._states[layer.name]
+        # Calls of one forward pass add up inside the square, so they are laid end to end as tokens.
+        g = pairs[0].g if len(pairs) == 1 else torch.cat([p.g for p in pairs], dim=1)
+        a = pairs[0].a if len(pairs) == 1 else torch.cat([p.a for p in pairs], dim=1)
+        a = a.to(pairs[0].dtype)
+        padded = not bool(batch.attention.all())
+        if padded:
+            dropped = ~batch.attention.repeat(1, len(pairs)).unsqueeze(-1)
+            g, a = g.masked_fill(dropped, 0), a.masked_fill(dropped, 0)
+        require_finite(g, batch, f"the output gradient of {layer.name}")
+        require_finite(a, batch, f"the input of {layer.name}")
+        assert state.lambda_sum is not None
+        q_in = self._basis(layer.group, "in", a.dtype)
+        q_out = self._basis(layer.name, "out", g.dtype)
+        ones = layer.has_bias
+        if q_in is not None and rotates_tokens(a.shape[1], self._outputs[layer.group]):
+            a, q_in, ones = self._shared_input(layer, a), None, False
+        eigenvalue_correction_(state.lambda_sum, g, a, q_out, q_in, ones_column=ones)
+
+    def end_batch(self) -> None:
+        """Drop what a layer without gradient left behind."""
+        self._rotated.clear()

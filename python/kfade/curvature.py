@@ -1,0 +1,222 @@
+"""The fitted curvature: one typed state a layer, and the solve.
+
+For a layer with per-token inputs a and output gradients g the curvature is
+`F = (Q_S ⊗ Q_A) diag(Λ) (Q_S ⊗ Q_A)ᵀ`, where Q_A and Q_S are the eigenvectors of the input factor
+`A = A_sum / P` and the output factor `S = S_sum / T`. K-FAC has `Λ = λ_S λ_Aᵀ`, EK-FAC measures Λ,
+the diagonal approximation measures it in the parameters' own basis, and identity has `Λ = 1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from kfade_kernels import PackedSymmetric, kron_solve
+from torch import Tensor
+
+from .config import FitConfig
+from .layers import WeightAndBias
+
+
+@dataclass
+class LayerCurvature:
+    """Curvature of one weight matrix.
+
+    Attributes:
+        name: name of the layer's module.
+        d_out: width of the outputs.
+        d_in: width of the inputs, without the bias.
+        has_bias: a bias rides along as the last input column of every matrix here.
+        transposed: the parameter is stored `[d_in, d_out]`.
+        group: name of the layer whose input factor this one shares.
+        positions: P, the rows summed in A_sum.
+        losses: T, the loss positions behind S_sum and Λ_sum, times the label samples.
+        a_sum: `Σ a aᵀ`, packed, of order d_in (+ 1); the same object for all layers of a group.
+        s_sum: `Σ g gᵀ`, packed, of order d_out.
+        q_in, lambda_in: eigenvectors in columns and ascending eigenvalues of A.
+        q_out, lambda_out: the same of S.
+        lambda_sum: `Σ_n (Q_Sᵀ G_n Q_A)∘²`, `[d_out, d_in (+ 1)]`.
+    """
+
+    name: str
+    d_out: int
+    d_in: int
+    has_bias: bool
+    transposed: bool
+    group: str
+    positions: int = 0
+    losses: int = 0
+    a_sum: PackedSymmetric | None = field(default=None, repr=False)
+    s_sum: PackedSymmetric | None = field(default=None, repr=False)
+    q_in: Tensor | None = field(default=None, repr=False)
+    lambda_in: Tensor | None = field(default=None, repr=False)
+    q_out: Tensor | None = field(default=None, repr=False)
+    lambda_out: Tensor | None = field(default=None, repr=False)
+    lambda_sum: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def width_in(self) -> int:
+        return self.d_in + int(self.has_bias)
+
+    def _need(self, value: Any, what: str) -> Any:
+        if value is None:
+            raise ValueError(f"layer {self.name} has no {what}: the curvature was fitted without")
+        return value
+
+    def input_factor(self) -> Tensor:
+        """`A = A_sum / P`, dense `[d_in (+ 1), d_in (+ 1)]`."""
+        return self._need(self.a_sum, "input factor").to_dense() / max(1, self.positions)
+
+    def output_factor(self) -> Tensor:
+        """`S = S_sum / T`, dense `[d_out, d_out]`."""
+        return self._need(self.s_sum, "output factor").to_dense() / max(1, self.losses)
+
+    def input_eigenvectors(self) -> Tensor:
+        """`Q_A`, eigenvectors in columns."""
+        return self._need(self.q_in, "input eigenvectors")
+
+    def output_eigenvectors(self) -> Tensor:
+        """`Q_S`, eigenvectors in columns."""
+        return self._need(self.q_out, "output eigenvectors")
+
+    def eigenvalues(self) -> Tensor:
+        """`Λ [d_out, d_in (+ 1)]`."""
+        if self.lambda_sum is not None:
+            return self.lambda_sum / max(1, self.losses)
+        if self.lambda_out is not None and self.lambda_in is not None:
+            return torch.outer(self.lambda_out, self.lambda_in)
+        return torch.ones(self.d_out, self.width_in)
+
+    def mean_eigenvalue(self) -> float:
+        """Mean of Λ: the unit of relative damping."""
+        if self.lambda_sum is not None:
+            return float(self.lambda_sum.double().mean()) / max(1, self.losses)
+        if self.lambda_out is not None and self.lambda_in is not None:
+            return float(self.lambda_out.double().mean() * self.lambda_in.double().mean())
+        return 1.0
+
+    def damping(self, value: float, kind: str) -> float:
+        """The absolute damping: `value`, or `value` times the mean eigenvalue."""
+        return value * self.mean_eigenvalue() if kind == "relative" else value
+
+    def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        """`(F + λI)⁻¹` applied to `matrix [d_out, d_in (+ 1)]` or a batch of them; λ absolute."""
+        if matrix.shape[-2:] != (self.d_out, self.width_in):
+            raise ValueError(
+                f"the gradient of {self.name} has shape {list(matrix.shape)};"
+                f" it must be {[self.d_out, self.width_in]}"
+            )
+        if self.q_out is None or self.q_in is None:
+            values = self.eigenvalues().to(matrix.device)
+            return matrix.to(values.dtype) / (values + damping)
+        if self.lambda_sum is not None:
+            return kron_solve(matrix, self.q_out, self.q_in, self.eigenvalues(), damping)
+        return kron_solve(
+            matrix,
+            self.q_out,
+            self.q_in,
+            (self._need(self.lambda_out, "λ_S"), self._need(self.lambda_in, "λ_A")),
+            damping,
+        )
+
+    def product(self, left: Tensor, right: Tensor) -> float:
+        """`leftᵀ F right` for two matrices `[d_out, d_in (+ 1)]`."""
+        if self.q_out is not None and self.q_in is not None:
+            left, right = (self.q_out.T @ m.to(self.q_out.dtype) @ self.q_in for m in (left, right))
+        return float((left * right * self.eigenvalues()).sum(dtype=torch.float64))
+
+    def join(self, value: Tensor | Sequence[Tensor]) -> Tensor:
+        """A gradient as users give it, as `[d_out, d_in (+ 1)]`.
+
+        A tensor in the parameter's layout; with a bias, the pair (weight, bias), or both joined in
+        one `[d_out, d_in + 1]`.
+        """
+        if not isinstance(value, Tensor):
+            weight, bias = value
+            matrix = weight.T if self.transposed else weight
+            return torch.cat([matrix, bias.to(matrix.dtype).unsqueeze(1)], dim=1)
+        return value.T if self.transposed and not self.has_bias else value
+
+    def part(self, matrix: Tensor) -> Tensor | WeightAndBias:
+        """`[d_out, d_in (+ 1)]` in the parameters' layout: a tensor, or weight and bias apart."""
+        weight = matrix[:, : self.d_in]
+        weight = weight.T.contiguous() if self.transposed else weight.contiguous()
+        return WeightAndBias(weight, matrix[:, self.d_in].contiguous()) if self.has_bias else weight
+
+
+class Curvature(Mapping[str, LayerCurvature]):
+    """Fitted curvature of a model: a mapping from layer names to `LayerCurvature`.
+
+    Attributes:
+        config: the FitConfig it was fitted with.
+        model_id: name of the model.
+        layers: the states.
+    """
+
+    def __init__(self, config: FitConfig, model_id: str, layers: Mapping[str, LayerCurvature]) -> None:
+        self.config = config
+        self.model_id = model_id
+        self.layers = dict(layers)
+
+    def __getitem__(self, name: str) -> LayerCurvature:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def solve(
+        self,
+        gradients: Mapping[str, Tensor | Sequence[Tensor]],
+        damping: float = 0.1,
+        kind: str = "relative",
+    ) -> dict[str, Tensor | WeightAndBias]:
+        """`(F + λI)⁻¹` applied to the gradients of some layers.
+
+        Args:
+            gradients: by layer name, in the layout of the parameter; for a layer with a bias the
+                pair (weight, bias), or both joined as `[d_out, d_in + 1]`.
+            damping: λ ≥ 0.
+            kind: `relative` multiplies λ by each layer's mean eigenvalue, `absolute` does not.
+
+        Returns:
+            By layer name, a tensor in the layout of the parameter; weight and bias apart for a
+            layer that has a bias.
+
+        Raises:
+            ValueError: an unknown layer, a wrong shape, a bad damping or kind.
+        """
+        from .config import DAMPINGS
+
+        if kind not in DAMPINGS:
+            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(DAMPINGS)}")
+        unknown = sorted(set(gradients) - set(self.layers))
+        if unknown:
+            raise ValueError(f"gradients has unknown layers {unknown}; the curvature has {sorted(self.layers)}")
+        result = {}
+        for name, value in gradients.items():
+            layer = self.layers[name]
+            result[name] = layer.part(layer.solve(layer.join(value), layer.damping(damping, kind)))
+        return result
+
+    def save(self, directory: str | Path) -> None:
+        """Write a directory that `load` reads; see `kfade.storage`."""
+        from .storage import save_curvature
+
+        save_curvature(self, Path(directory))
+
+    @classmethod
+    def load(cls, directory: str | Path, model: torch.nn.Module | None = None) -> Curvature:
+        """Read a saved curvature; with `model`, refuse one whose layers do not fit it.
+
+        Raises:
+            StorageError: missing, incomplete, corrupt, of a future version, or of another model.
+        """
+        from .storage import load_curvature
+
+        return load_curvature(Path(directory), model)

@@ -1,0 +1,43 @@
+"""Second stage: eigenvectors and eigenvalues of the factors."""
+
+from __future__ import annotations
+
+import torch
+from kfade_kernels import PackedSymmetric
+from torch import Tensor
+
+# Residual ‖AQ − QΛ‖ / ‖A‖ and ‖QᵀQ − I‖ / √n, in units of the dtype's rounding, beyond which float32 is retried.
+ROUNDINGS = 1_000.0
+
+
+def _is_accurate(a: Tensor, values: Tensor, vectors: Tensor) -> bool:
+    if not bool(torch.isfinite(values).all() and torch.isfinite(vectors).all()):
+        return False
+    limit = ROUNDINGS * torch.finfo(a.dtype).eps
+    scale = float(torch.linalg.norm(a)) or 1.0
+    residual = float(torch.linalg.norm(a @ vectors - vectors * values)) / scale
+    gram = vectors.T @ vectors
+    gram.diagonal().sub_(1)
+    return residual <= limit and float(torch.linalg.norm(gram)) <= limit * a.shape[0] ** 0.5
+
+
+def decompose(total: PackedSymmetric, count: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[n]`, ascending and clamped at 0, and eigenvectors `[n, n]` in columns of `total / count`.
+
+    `eigh` in the dtype of the factor; on failure, or on a residual beyond `ROUNDINGS`, in float64.
+
+    Raises:
+        RuntimeError: float64 failed as well.
+    """
+    dense = total.to_dense().div_(max(1, count))
+    try:
+        values, vectors = torch.linalg.eigh(dense)
+        if _is_accurate(dense, values, vectors):
+            return values.clamp_(min=0), vectors
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(dense.double())
+    except torch.linalg.LinAlgError as error:
+        raise RuntimeError(f"eigh of a factor of order {total.n} failed in float64 too: {error}") from error
+    return values.clamp_(min=0).to(dense.dtype), vectors.to(dense.dtype)

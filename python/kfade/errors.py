@@ -1,0 +1,23 @@
+"""Errors that a caller may want to tell apart; everything else is a ValueError or TypeError."""
+
+from __future__ import annotations
+
+
+class KfadeError(Exception):
+    """Base of the errors below."""
+
+
+class NonFiniteError(KfadeError, ValueError):
+    """A NaN or infinity turned up; the message names the batch and where it was seen."""
+
+
+class DataError(KfadeError, ValueError):
+    """A data file cannot be read; the message names the file and the line."""
+
+
+class StorageError(KfadeError, ValueError):
+    """A saved directory or file is missing, incomplete, corrupt, or belongs to something else."""
+
+
+class UnsupportedLayerError(KfadeError, ValueError):
+    """A selected layer cannot be handled exactly; the message names it and says why."""

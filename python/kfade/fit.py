@@ -1,0 +1,210 @@
+"""`fit`: capture → factors → decomposition → correction, over the batches of a retain set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Capture, Pair, deterministic_mode, frozen, trace
+from .config import FitConfig
+from .correction import CorrectionCollector
+from .curvature import Curvature, LayerCurvature
+from .decomposition import decompose
+from .factors import FactorCollector
+from .layers import Layer, select
+from .loss import Batch, Head, autocast, check_batch, require_finite
+from .progress import Progress
+
+
+def check_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device, name: str = "batches") -> list[Batch]:
+    """All batches, checked before any work.
+
+    Raises:
+        ValueError: there is none, or no position of any carries loss.
+    """
+    checked = [check_batch(batch, index, device) for index, batch in enumerate(batches)]
+    if not checked:
+        raise ValueError(f"{name} is empty; it must hold at least one batch")
+    if not any(bool(batch.loss_mask.any()) for batch in checked):
+        raise ValueError(f"{name} has no loss position: every label is -100 (ignored) or belongs to padding")
+    return checked
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def state_dtype(model: nn.Module) -> torch.dtype:
+    """float64 for a float64 model, else float32: state is never 16-bit."""
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    return torch.float64 if wide else torch.float32
+
+
+def model_id(model: nn.Module) -> str:
+    """The name a model was loaded by, or its class."""
+    config = getattr(model, "config", None)
+    return str(getattr(config, "_name_or_path", "") or type(model).__name__)
+
+
+def _passes(layers: Sequence[Layer], at_most: int | None) -> list[list[Layer]]:
+    """Split layers into passes, keeping each input group together."""
+    if at_most is None:
+        return [list(layers)]
+    passes: list[list[Layer]] = [[]]
+    for leader in (layer for layer in layers if layer.leads):
+        members = [layer for layer in layers if layer.group == leader.name]
+        if passes[-1] and len(passes[-1]) + len(members) > at_most:
+            passes.append([])
+        passes[-1].extend(members)
+    return passes
+
+
+@contextmanager
+def _graph_from_embeddings(model: nn.Module) -> Iterator[None]:
+    """With reentrant checkpointing the embeddings must start the graph, as nothing inside can."""
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if not checkpointed or embeddings is None:
+        yield
+        return
+    handle = embeddings.register_forward_hook(
+        lambda _m, _a, output: output.requires_grad_() if torch.is_grad_enabled() else output
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_fisher(
+    model: nn.Module,
+    head: Head,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    config: FitConfig,
+    consume: Callable[[Layer, list[Pair], Batch], None],
+    after: Callable[[Batch, int], None],
+) -> None:
+    """One pass over the data: forward, labels, backward, with the pairs going to `consume`.
+
+    `after(batch, sample)` is called when all pairs of that batch and label sample were delivered.
+    """
+    capture = Capture(head, layers, consume)
+    device = device_of(model)
+    for batch in batches:
+        with autocast(config.autocast, device), capture.running(batch) as rows:
+            for sample in range(config.samples):
+                if config.fisher == "sampled":
+                    _, grad, nll = head.sampled(rows, batch, config.seed, sample)
+                else:
+                    _, grad, nll = head.labelled(rows, batch)
+                require_finite(nll, batch, "the loss")
+                rows.backward(grad, retain_graph=sample + 1 < config.samples)
+                capture.flush(batch)
+                after(batch, sample)
+
+
+def _fit_layers(
+    model: nn.Module,
+    head: Head,
+    layers: list[Layer],
+    batches: Sequence[Batch],
+    config: FitConfig,
+    progress: Progress,
+    suffix: str,
+) -> dict[str, LayerCurvature]:
+    states = {
+        layer.name: LayerCurvature(
+            layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group
+        )
+        for layer in layers
+    }
+    if config.curvature == "identity":
+        return states
+    device, dtype = device_of(model), state_dtype(model)
+    tokens = sum(batch.tokens for batch in batches)
+    losses = config.samples * sum(int(batch.loss_mask.sum()) for batch in batches)
+    for state in states.values():
+        state.losses = losses
+
+    if config.curvature in ("kfac", "ekfac"):
+        factors = FactorCollector(states, dtype, device)
+        with progress.stage(f"factors A, S{suffix}", tokens) as stage:
+
+            def next_sample(batch: Batch, sample: int) -> None:
+                factors.first_sample = sample + 1 == config.samples
+                if sample == 0:
+                    stage.advance(batch.tokens)
+
+            run_fisher(model, head, layers, batches, config, factors, next_sample)
+        factors.finish()
+        with progress.stage(f"eigendecomposition{suffix}", len(layers) + sum(x.leads for x in layers), "factor") as stage:
+            for state in states.values():
+                leader = states[state.group]
+                if leader.q_in is None:
+                    assert leader.a_sum is not None
+                    leader.lambda_in, leader.q_in = decompose(leader.a_sum, leader.positions)
+                    stage.advance(1)
+                state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
+                assert state.s_sum is not None
+                state.lambda_out, state.q_out = decompose(state.s_sum, state.losses)
+                stage.advance(1)
+
+    if config.curvature in ("diagonal", "ekfac"):
+        correction = CorrectionCollector(states, layers, dtype, device)
+        with progress.stage(f"eigenvalues Λ{suffix}", tokens) as stage:
+
+            def after(batch: Batch, sample: int) -> None:
+                correction.end_batch()
+                if sample == 0:
+                    stage.advance(batch.tokens)
+
+            run_fisher(model, head, layers, batches, config, correction, after)
+    return states
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    config: FitConfig | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Curvature:
+    """Fit the curvature of a causal language model on a retain set.
+
+    Args:
+        model: a causal language model: called with `input_ids` and `attention_mask`, it returns an
+            object with `logits [B, T, V]`. It is left as it was: parameters, modes, gradients.
+        batches: an iterable of mappings with `input_ids [B, T]`, and optionally `attention_mask`
+            (0 is padding, on either side) and `labels` (-100 is no loss; absent, every token counts).
+        config: options; see FitConfig.
+        progress: where to show progress and record costs.
+
+    Returns:
+        A mapping from layer names to their curvature.
+
+    Raises:
+        ValueError: no batch, no loss position, or a selection that matches nothing.
+        UnsupportedLayerError: a selected layer cannot be handled exactly.
+        NonFiniteError: a batch gives a NaN or an infinity; it is named.
+    """
+    config = config or FitConfig()
+    progress = progress or Progress()
+    layers = select(model, config.modules)
+    checked = check_batches(batches, device_of(model))
+    tracked = {module for layer in layers for module in layer.modules}
+    states: dict[str, LayerCurvature] = {}
+    with deterministic_mode(model), frozen(model), _graph_from_embeddings(model):
+        with autocast(config.autocast, device_of(model)):
+            head = Head(model, checked[0], tracked)
+            layers = trace(head, layers, checked[0])
+        passes = _passes(layers, config.layers_per_pass)
+        for number, part in enumerate(passes, 1):
+            suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
+            states.update(_fit_layers(model, head, part, checked, config, progress, suffix))
+    ordered = {layer.name: states[layer.name] for layer in layers}
+    return Curvature(replace(config), model_id(model), ordered)

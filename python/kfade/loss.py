@@ -1,0 +1,209 @@
+"""From a batch to loss rows, and from loss rows back into the model.
+
+Whatever the loss (sampled or empirical Fisher, forgetting, retain KL), the model is run up to the
+hidden states that enter its output projection, the rows at loss positions are picked, and the
+gradient on those rows is computed by chunks; then autograd goes on from there. Logits of all tokens
+never exist. A model whose logits are not `hidden · weightᵀ + bias` (soft-capping, scaling, heads of
+its own) is noticed by comparison, and its logits are taken as the rows instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kfade_kernels import counter_uniform, sampled_cross_entropy
+from kfade_kernels.sampled_cross_entropy.cpu import rows_per_chunk
+from torch import Tensor, nn
+
+from .errors import NonFiniteError
+from .layers import _output_head
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One checked batch.
+
+    Attributes:
+        index: its number in the data, for messages.
+        input_ids: int64 `[B, T]`.
+        attention: bool `[B, T]`, True where a token is not padding.
+        labels: int64 `[B, T]`, aligned with `input_ids`; -100 carries no loss.
+    """
+
+    index: int
+    input_ids: Tensor
+    attention: Tensor
+    labels: Tensor
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """bool `[B, T]`: positions t whose next token carries loss and which are not padding."""
+        mask = torch.zeros_like(self.attention)
+        mask[:, :-1] = (self.labels[:, 1:] != IGNORE_INDEX) & self.attention[:, :-1] & self.attention[:, 1:]
+        return mask
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 `[N]`: the label of each loss position."""
+        return self.labels[:, 1:][self.loss_mask[:, :-1]]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 `[B, T]`: index of each token in its sequence, padding not counted."""
+        return (self.attention.long().cumsum(1) - 1).clamp_(min=0)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.attention.sum())
+
+
+def check_batch(batch: Mapping[str, Tensor], index: int, device: torch.device) -> Batch:
+    """Check a batch as users give it: `input_ids`, and `attention_mask` and `labels` if they differ.
+
+    Raises:
+        TypeError: it is not a mapping, or an entry is not an integer tensor.
+        ValueError: an entry is missing or has another shape.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch {index} is a {type(batch).__name__}; it must be a mapping with input_ids")
+    if "input_ids" not in batch:
+        raise ValueError(f"batch {index} has keys {sorted(batch)}; it must have input_ids")
+    ids = batch["input_ids"]
+    for name in ("input_ids", "attention_mask", "labels"):
+        value = batch.get(name, ids)
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            raise TypeError(f"{name} of batch {index} must be an integer tensor")
+        if value.ndim != 2 or value.shape != ids.shape:
+            raise ValueError(
+                f"{name} of batch {index} has shape {list(value.shape)}; it must be {list(ids.shape)} [B, T]"
+            )
+    mask = batch.get("attention_mask")
+    attention = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    labels = batch.get("labels")
+    labels = ids.masked_fill(~attention, IGNORE_INDEX) if labels is None else labels
+    return Batch(index, ids.to(device), attention.to(device), labels.to(device))
+
+
+def sequence_keys(batch: Batch, seed: int) -> Tensor:
+    """int64 `[B]`: one random stream for each sequence, from its own tokens and the seed alone.
+
+    Sampled labels therefore do not depend on batch size, order, padding or the number of ranks.
+    """
+    uniform = counter_uniform(batch.input_ids * 2 + 1, batch.positions)
+    words = (uniform.double() * 2.0**24).long() * (batch.positions * 2 + 1)
+    return words.masked_fill(~batch.attention, 0).sum(1) * 1_000_003 + seed
+
+
+def autocast(kind: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast context of a configuration."""
+    if kind == "off":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, kind))
+
+
+class Head:
+    """Runs a model up to its loss rows.
+
+    Attributes:
+        weight: output projection `[V, d]`, or None when rows are logits.
+        bias: its bias `[V]`.
+    """
+
+    def __init__(self, model: nn.Module, example: Batch, tracked: Collection[nn.Module] = ()) -> None:
+        self._model = model
+        self._takes = set(inspect.signature(model.forward).parameters)
+        self._body: nn.Module | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        projection = _output_head(model)
+        prefix = getattr(model, "base_model_prefix", "")
+        body = getattr(model, prefix, None) if prefix else None
+        if type(projection) is nn.Linear and isinstance(body, nn.Module) and projection not in tracked:
+            self._try_projection(body, projection, example)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention.long()}
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = batch.positions
+        if "use_cache" in self._takes:
+            inputs["use_cache"] = False
+        return inputs
+
+    def _try_projection(self, body: nn.Module, projection: nn.Linear, example: Batch) -> None:
+        few = Batch(0, example.input_ids[:1, -16:], example.attention[:1, -16:], example.labels[:1, -16:])
+        with torch.no_grad():
+            logits = self._model(**self._inputs(few)).logits
+            hidden = getattr(body(**self._inputs(few)), "last_hidden_state", None)
+            if hidden is None:
+                return
+            ours = projection(hidden)
+        same = ours.shape == logits.shape and torch.allclose(
+            ours[few.attention].float(), logits[few.attention].float(), rtol=1e-3, atol=1e-3, equal_nan=True
+        )
+        if same:
+            self._body = body
+            self.weight, self.bias = projection.weight.detach(), projection.bias
+            self.bias = None if self.bias is None else self.bias.detach()
+
+    def rows(self, batch: Batch) -> Tensor:
+        """`[N, d]` hidden states, or `[N, V]` logits, at the N loss positions of a batch."""
+        if self._body is not None:
+            output = self._body(**self._inputs(batch)).last_hidden_state
+        else:
+            output = self._model(**self._inputs(batch)).logits
+        picked: Tensor = output[batch.loss_mask]
+        return picked
+
+    def _projection(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        if self.weight is None:
+            return {}
+        return {"weight": self.weight.to(dtype), "bias": None if self.bias is None else self.bias.to(dtype)}
+
+    def sampled(self, rows: Tensor, batch: Batch, seed: int, sample: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels `[N]` drawn from the softmax, gradient of `Σ −log p` on the rows, and `−log p [N]`."""
+        keys = sequence_keys(batch, seed).unsqueeze(1) + 7_919 * sample
+        uniform = counter_uniform(keys, batch.positions)[batch.loss_mask]
+        return sampled_cross_entropy(rows.detach(), uniform, **self._projection(rows.dtype))
+
+    def labelled(self, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for the labels of the data."""
+        return sampled_cross_entropy(rows.detach(), labels=batch.targets, **self._projection(rows.dtype))
+
+    def kl(self, rows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(p_reference ‖ p) of each row `[N]` in nats, and its gradient on the rows.
+
+        Args:
+            rows: of the model as it is.
+            reference: rows of the original model at the same positions.
+        """
+        projection = self._projection(rows.dtype)
+        weight, bias = projection.get("weight"), projection.get("bias")
+        vocabulary = rows.shape[1] if weight is None else weight.shape[0]
+        divergence = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
+        grad = torch.empty_like(rows)
+        step = rows_per_chunk(2 * vocabulary, 0)
+        for start in range(0, rows.shape[0], step):
+            part = slice(start, start + step)
+            logs = []
+            for x in (reference[part], rows.detach()[part]):
+                logits = x if weight is None else nn.functional.linear(x, weight, bias)
+                logs.append(logits.to(torch.float64 if x.dtype == torch.float64 else torch.float32).log_softmax(-1))
+            log_p0, log_p = logs
+            p0 = log_p0.exp()
+            divergence[part] = (p0 * (log_p0 - log_p)).sum(-1).double()
+            difference = log_p.exp_().sub_(p0)
+            grad[part] = difference if weight is None else (difference.to(weight.dtype) @ weight).to(grad.dtype)
+        return divergence, grad
+
+
+def require_finite(value: Tensor, batch: Batch, what: str) -> None:
+    """Raise NonFiniteError, naming the batch, when `value` holds a NaN or an infinity."""
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(f"batch {batch.index}: {what} has a NaN or infinite value; nothing of it was accumulated")

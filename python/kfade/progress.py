@@ -1,0 +1,128 @@
+"""Progress on stderr (stage, rate, time left), and what each stage cost."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.progress import Task
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage took.
+
+    Attributes:
+        name: of the stage.
+        seconds: wall time.
+        units: how much was done.
+        unit: of what.
+        peak_bytes: highest resident memory of the process during the stage (since its start where
+            the system cannot reset the mark).
+    """
+
+    name: str
+    seconds: float
+    units: int
+    unit: str
+    peak_bytes: int
+
+    @property
+    def rate(self) -> float:
+        """Units a second."""
+        return self.units / self.seconds if self.seconds > 0 else 0.0
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_bytes() -> int:
+    """Highest resident memory since the last stage began (Linux), else since the process began."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text(f"{rate:,.0f} {task.fields['unit']}s/s" if rate else "", style="cyan")
+
+
+class Stage:
+    """A running stage; call `advance` as work is done."""
+
+    def __init__(self, bar: RichProgress | None, task: TaskID | None) -> None:
+        self._bar, self._task = bar, task
+        self.done = 0
+
+    def advance(self, units: int) -> None:
+        self.done += units
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=units)
+
+
+@dataclass
+class Progress:
+    """Shows stages and records their cost.
+
+    Attributes:
+        show: whether to draw on stderr; without a terminal, one line a finished stage.
+        costs: of the finished stages, in order.
+    """
+
+    show: bool = False
+    costs: list[StageCost] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None, unit: str = "token") -> Iterator[Stage]:
+        """Time one stage; nested stages are timed too, and drawn below their parent's name."""
+        console = Console(stderr=True)
+        live = self.show and console.is_terminal and not getattr(self, "_live", False)
+        bar = None
+        task = None
+        if live:
+            bar = RichProgress(
+                TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
+                console=console,
+            )
+            task = bar.add_task(name, total=total, unit=unit)
+            bar.start()
+            self._live = True
+        _reset_peak()
+        begin = time.perf_counter()
+        stage = Stage(bar, task)
+        try:
+            yield stage
+            cost = StageCost(name, time.perf_counter() - begin, stage.done, unit, peak_bytes())
+            self.costs.append(cost)
+        finally:
+            if bar is not None:
+                bar.stop()
+                self._live = False
+        if self.show and not live:
+            rate = f", {cost.rate:,.0f} {unit}s/s" if cost.units else ""
+            print(f"{name}: {cost.seconds:.1f} s{rate}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """One line on stderr."""
+        if self.show:
+            print(text, file=sys.stderr, flush=True)
