@@ -6,5 +6,26 @@ from .errors import DataError, KfadeError, NonFiniteError, StorageError, Unsuppo
 from .fit import fit
 from .layers import WeightAndBias
 from .progress import Progress
+from .unlearn import Step, UnlearnReport, unlearn
+from .update import Update
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Curvature",
+    "DataError",
+    "FitConfig",
+    "KfadeError",
+    "LayerCurvature",
+    "NonFiniteError",
+    "Progress",
+    "Step",
+    "StorageError",
+    "UnlearnConfig",
+    "UnlearnReport",
+    "UnsupportedLayerError",
+    "Update",
+    "WeightAndBias",
+    "fit",
+    "unlearn",
+]

@@ -176,18 +176,19 @@ class Head:
         """The same for the labels of the data."""
         return sampled_cross_entropy(rows.detach(), labels=batch.targets, **self._projection(rows.dtype))
 
-    def kl(self, rows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def kl(self, rows: Tensor, reference: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
         """KL(p_reference ‖ p) of each row `[N]` in nats, and its gradient on the rows.
 
         Args:
             rows: of the model as it is.
             reference: rows of the original model at the same positions.
+            gradient: whether the gradient is wanted; without, what is returned for it is empty.
         """
         projection = self._projection(rows.dtype)
         weight, bias = projection.get("weight"), projection.get("bias")
         vocabulary = rows.shape[1] if weight is None else weight.shape[0]
         divergence = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
-        grad = torch.empty_like(rows)
+        grad = torch.empty_like(rows if gradient else rows[:0])
         step = rows_per_chunk(2 * vocabulary, 0)
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
@@ -198,6 +199,8 @@ class Head:
             log_p0, log_p = logs
             p0 = log_p0.exp()
             divergence[part] = (p0 * (log_p0 - log_p)).sum(-1).double()
+            if not gradient:
+                continue
             difference = log_p.exp_().sub_(p0)
             grad[part] = difference if weight is None else (difference.to(weight.dtype) @ weight).to(grad.dtype)
         return divergence, grad

@@ -1,0 +1,480 @@
+"""`unlearn`: uphill Gauss-Newton steps on a forget set, within a budget of measured retain KL.
+
+One step from the accumulated change Δ is
+
+    Δ ← Δ + (F + λI)⁻¹ (η ∇L_forget − c ∇KL_retain)
+
+with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568), the
+second gradient from the second step on. The weight c is the one whose step lowers the KL to the
+original model most, as measured on held-out retain sequences; η is then the largest whose measured
+KL stays within the step's share of the budget. The quadratic prediction `½ Δᵀ F Δ` only says where
+the search begins: steps of merely predicted size diverge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import deterministic_mode, frozen
+from .config import UnlearnConfig, to_dict
+from .curvature import Curvature
+from .fit import check_batches, device_of, fit, model_id, state_dtype
+from .layers import Layer, select
+from .loss import Batch, Head, autocast, require_finite
+from .progress import Progress, Stage, StageCost
+from .update import Update
+
+Matrices = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement of the search for η."""
+
+    eta: float
+    predicted_kl: float
+    measured_kl: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, taken or rolled back.
+
+    Attributes:
+        number: from 1.
+        accepted: whether it was taken.
+        reason: why not, if it was not.
+        eta: step size.
+        retain_weight: c, the weight of the retain-KL gradient.
+        predicted_kl: `½ Δᵀ F Δ` of the whole change, nats a token.
+        measured_kl: KL to the original model on held-out retain sequences, nats a token.
+        forget_nll, retain_nll: token means after the step; retain on the held-out sequences.
+        refitted: the curvature was fitted anew before this step.
+        trials: the measurements behind η.
+    """
+
+    number: int
+    accepted: bool
+    reason: str
+    eta: float
+    retain_weight: float
+    predicted_kl: float
+    measured_kl: float
+    forget_nll: float
+    retain_nll: float
+    refitted: bool
+    trials: tuple[Trial, ...]
+
+
+@dataclass
+class UnlearnReport:
+    """What a run measured.
+
+    Attributes:
+        config: its options.
+        model_id: the model.
+        forget_nll, retain_nll: token means before the first step.
+        steps: the steps.
+        costs: of the stages.
+        warnings: what a reader should know.
+    """
+
+    config: dict[str, Any]
+    model_id: str
+    forget_nll: float
+    retain_nll: float
+    steps: list[Step] = field(default_factory=list)
+    costs: list[StageCost] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> list[Step]:
+        return [step for step in self.steps if step.accepted]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        values = asdict(self)
+        values["costs"] = [{**asdict(cost), "rate": cost.rate} for cost in self.costs]
+        return values
+
+
+def split_holdout(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+    """Split sequences evenly into a part to fit on and a part to measure on.
+
+    Raises:
+        ValueError: either part would have no loss position.
+    """
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    seen = 0
+    for batch in batches:
+        held = torch.tensor(
+            [math.floor((seen + i + 1) * share) > math.floor((seen + i) * share) for i in range(len(batch.input_ids))],
+            device=batch.input_ids.device,
+        )
+        seen += len(held)
+        for part, rows in zip(parts, (~held, held), strict=True):
+            if bool(rows.any()):
+                part.append(Batch(batch.index, batch.input_ids[rows], batch.attention[rows], batch.labels[rows]))
+    for name, part in zip(("to fit on", "to measure KL on"), parts, strict=True):
+        if not any(bool(batch.loss_mask.any()) for batch in part):
+            raise ValueError(
+                f"retain has {seen} sequences and holdout is {share}: no loss position is left {name};"
+                " give more retain sequences or another holdout"
+            )
+    return parts
+
+
+class _Run:
+    """The model of one run, its tracked weights, and what is measured on it."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], head: Head, config: UnlearnConfig) -> None:
+        self.model, self.layers, self.head, self.config = model, layers, head, config
+        self.device, self.dtype = device_of(model), state_dtype(model)
+        self._original = {name: p.detach().clone() for layer in layers for name, p in layer.parameters().items()}
+
+    @torch.no_grad()
+    def set_change(self, change: Matrices | None) -> None:
+        """Give the tracked parameters their original value plus `change`; None restores the original bits."""
+        for layer in self.layers:
+            parts = layer.split(change[layer.name]) if change is not None else {}
+            for name, p in layer.parameters().items():
+                original = self._original[name]
+                p.copy_(original if change is None else original.to(self.dtype) + parts[name])
+
+    @torch.no_grad()
+    def references(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Loss rows of the model as it is, to measure KL from."""
+        with autocast(self.config.fit.autocast, self.device):
+            return [self.head.rows(batch).clone() for batch in batches]
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Batch], references: Sequence[Tensor], stage: Stage) -> tuple[float, float]:
+        """Mean KL to the references and mean NLL, nats a token."""
+        divergence = nll = 0.0
+        tokens = 0
+        for batch, reference in zip(batches, references, strict=True):
+            with autocast(self.config.fit.autocast, self.device):
+                rows = self.head.rows(batch)
+            kl, _ = self.head.kl(rows, reference, gradient=False)
+            divergence += float(kl.sum())
+            nll += float(self.head.labelled(rows, batch)[2].sum(dtype=torch.float64))
+            tokens += rows.shape[0]
+            stage.advance(batch.tokens)
+        return divergence / tokens, nll / tokens
+
+    @torch.no_grad()
+    def sequence_nll(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Summed NLL of each sequence `[B]`, a tensor a batch."""
+        result = []
+        for batch in batches:
+            with autocast(self.config.fit.autocast, self.device):
+                rows = self.head.rows(batch)
+            result.append(_by_sequence(self.head.labelled(rows, batch)[2], batch))
+        return result
+
+    def _gradient_matrices(self) -> Matrices:
+        result = {}
+        for layer in self.layers:
+            parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in layer.parameters().values()]
+            bias = parts[1].to(self.dtype) if layer.has_bias else None
+            result[layer.name] = layer.joint(parts[0].to(self.dtype), bias).clone()
+        return result
+
+    def _tracked(self) -> ExitStack:
+        """Only the tracked parameters take gradients; what they had in `.grad` comes back at the end."""
+        stack = ExitStack()
+        stack.enter_context(frozen(self.model))
+        for layer in self.layers:
+            for p in layer.parameters().values():
+                stack.callback(setattr, p, "grad", p.grad)
+                p.grad = None
+                p.requires_grad_(True)
+        return stack
+
+    def forget_gradient(self, batches: Sequence[Batch], start: Sequence[Tensor], stage: Stage) -> tuple[Matrices, float]:
+        """Gradient of the forget objective (token mean), and the token-mean NLL."""
+        tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+        total = 0.0
+        with self._tracked():
+            for batch, before in zip(batches, start, strict=True):
+                with autocast(self.config.fit.autocast, self.device):
+                    rows = self.head.rows(batch)
+                _, grad, nll = self.head.labelled(rows, batch)
+                require_finite(nll, batch, "the forget loss")
+                total += float(nll.sum(dtype=torch.float64))
+                if self.config.objective == "npo":
+                    weight = npo_weights(_by_sequence(nll, batch), before, self.config.npo_beta)
+                    sequence = batch.loss_mask.nonzero()[:, 0]
+                    grad = grad * weight[sequence].unsqueeze(1).to(grad.dtype)
+                rows.backward(grad / tokens)
+                stage.advance(batch.tokens)
+            return self._gradient_matrices(), total / tokens
+
+    def kl_gradient(self, batches: Sequence[Batch], references: Sequence[Tensor], stage: Stage) -> Matrices:
+        """Gradient of the mean KL to the references (token mean)."""
+        tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+        with self._tracked():
+            for batch, reference in zip(batches, references, strict=True):
+                with autocast(self.config.fit.autocast, self.device):
+                    rows = self.head.rows(batch)
+                _, grad = self.head.kl(rows, reference)
+                rows.backward(grad / tokens)
+                stage.advance(batch.tokens)
+            return self._gradient_matrices()
+
+
+def _by_sequence(values: Tensor, batch: Batch) -> Tensor:
+    """Sums `[B]` of per-position values `[N]`."""
+    return values.new_zeros(len(batch.input_ids)).index_add_(0, batch.loss_mask.nonzero()[:, 0], values)
+
+
+def npo_weights(nll: Tensor, start: Tensor, beta: float) -> Tensor:
+    """Weight of each sequence's gradient under NPO, `2σ(β(log p − log p₀))`: 1 at first, 0 once forgotten.
+
+    Zhang et al. 2024 (arXiv 2404.05868), equation of the adaptive smoothing weight.
+
+    Args:
+        nll: summed NLL of each sequence under the model as it is, `[B]`.
+        start: the same under the original model.
+        beta: inverse temperature.
+    """
+    return 2 * torch.sigmoid(beta * (start - nll))
+
+
+def _combine(*terms: tuple[float, Matrices]) -> Matrices:
+    names = terms[0][1]
+    return {name: sum((weight * m[name] for weight, m in terms[1:]), terms[0][0] * terms[0][1][name]) for name in names}
+
+
+class _Quadratic:
+    """The prediction `½ (Δ + ηd)ᵀ F (Δ + ηd)` as a polynomial in η."""
+
+    def __init__(self, curvature: Curvature, change: Matrices, direction: Matrices) -> None:
+        def product(left: Matrices, right: Matrices) -> float:
+            return sum(curvature[name].product(left[name], right[name]) for name in left)
+
+        self.constant = 0.5 * product(change, change)
+        self.slope = product(change, direction)
+        self.curve = 0.5 * product(direction, direction)
+
+    def __call__(self, eta: float) -> float:
+        return self.constant + eta * self.slope + eta * eta * self.curve
+
+    def reach(self, kl: float, at_zero: float) -> float:
+        """The positive η at which the polynomial, moved to `at_zero` at 0, reaches `kl`."""
+        if self.curve <= 0:
+            return 0.0
+        return (-self.slope + math.sqrt(max(0.0, self.slope**2 + 4 * self.curve * (kl - at_zero)))) / (2 * self.curve)
+
+
+def search_step_size(
+    measure: Any, predicted: Any, first: float, at_zero: float, target: float, trials: int
+) -> tuple[float, list[Trial]]:
+    """The largest η found whose measured KL is at most `target`; 0 if none was.
+
+    Args:
+        measure: η → measured KL.
+        predicted: η → predicted KL, recorded beside it.
+        first: where to begin.
+        at_zero: measured KL at η = 0.
+        target: budget.
+        trials: at most so many measurements.
+
+    Each next η comes from a parabola through `(0, at_zero)` and the last measurement, kept inside
+    the bracket of the largest good and the smallest bad one. Within 8 % of the target is enough.
+    """
+    low, high = 0.0, math.inf
+    eta = first
+    done: list[Trial] = []
+    for _ in range(trials):
+        kl = measure(eta)
+        done.append(Trial(eta, predicted(eta), kl))
+        if kl <= target:
+            low = max(low, eta)
+            if kl - at_zero >= 0.92 * (target - at_zero):
+                break
+        else:
+            high = min(high, eta)
+        growth = (kl - at_zero) / (eta * eta)
+        guess = math.sqrt(0.97 * (target - at_zero) / growth) if growth > 0 and math.isfinite(growth) else 4 * eta
+        guess = min(guess, 4 * eta)
+        if not low < guess < high or not math.isfinite(kl):
+            guess = math.sqrt(low * high) if low > 0 and math.isfinite(high) else (high / 4 if low == 0 else 2 * low)
+        eta = guess
+    return low, done
+
+
+def _choose_retain_weight(
+    run: _Run, change: Matrices, pull: Matrices, start: float, weights: Sequence[float], measure: Any
+) -> tuple[float, float]:
+    """The weight c whose step `−c·pull` lowers the measured KL most, and that KL; (0, start) if none does."""
+    best, lowest = 0.0, start
+    for weight in sorted(weights):
+        run.set_change(_combine((1.0, change), (-weight, pull)))
+        kl = measure()
+        if kl < lowest:
+            best, lowest = weight, kl
+        elif best > 0:
+            break
+    return best, lowest
+
+
+def unlearn(
+    model: nn.Module,
+    forget: Iterable[Mapping[str, Tensor]],
+    retain: Iterable[Mapping[str, Tensor]],
+    config: UnlearnConfig | None = None,
+    *,
+    curvature: Curvature | None = None,
+    progress: Progress | None = None,
+) -> Update:
+    """Find the update that makes a model lose a forget set within a retain-KL budget.
+
+    The model is left as it was, to the bit; apply the update to it with `Update.apply_`.
+
+    Args:
+        model: a causal language model, as `fit` takes it.
+        forget: batches whose labelled tokens are to become unlikely.
+        retain: batches whose outputs are to stay. A share of their sequences (`holdout`) is kept out
+            of the fit and used to measure.
+        config: options; see UnlearnConfig.
+        curvature: of the retain set, fitted before; `config.fit` is then used for refits alone.
+        progress: where to show progress and record costs.
+
+    Returns:
+        The update of all accepted steps, with `report`; empty of change if the first step failed.
+
+    Raises:
+        ValueError: bad batches, or a `curvature` of other layers.
+        UnsupportedLayerError, NonFiniteError: as `fit`.
+    """
+    config = config or UnlearnConfig()
+    progress = progress or Progress()
+    layers = select(model, config.fit.modules)
+    device = device_of(model)
+    forget_batches = check_batches(forget, device, "forget")
+    fitted, held = split_holdout(check_batches(retain, device, "retain"), config.holdout)
+    if curvature is not None and set(curvature) != {layer.name for layer in layers}:
+        raise ValueError(
+            f"curvature has layers {sorted(curvature)[:4]}…; it must have those that modules selects,"
+            f" {sorted(layer.name for layer in layers)[:4]}…"
+        )
+    with deterministic_mode(model):
+        with torch.no_grad(), autocast(config.fit.autocast, device):
+            head = Head(model, fitted[0], {module for layer in layers for module in layer.modules})
+        run = _Run(model, layers, head, config)
+        try:
+            change, report = _steps(run, forget_batches, fitted, held, curvature, progress)
+        finally:
+            run.set_change(None)
+    parts = [layer.split(change[layer.name]) for layer in layers]
+    tensors = {name: tensor for part in parts for name, tensor in part.items()}
+    return Update(tensors, report.model_id, report)
+
+
+def _as_batches(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    return [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in batches]
+
+
+def _steps(
+    run: _Run,
+    forget: Sequence[Batch],
+    fitted: Sequence[Batch],
+    held: Sequence[Batch],
+    curvature: Curvature | None,
+    progress: Progress,
+) -> tuple[Matrices, UnlearnReport]:
+    config = run.config
+    tokens = {name: sum(b.tokens for b in part) for name, part in (("forget", forget), ("retain", fitted), ("held", held))}
+    with progress.stage("original outputs", sum(tokens.values())) as stage:
+        held_rows = run.references(held)
+        wants_pull = config.retain_term and config.steps > 1
+        fitted_rows = run.references(fitted) if wants_pull else []
+        start = run.sequence_nll(forget)
+        _, retain_nll = run.measure(held, held_rows, stage)
+    forget_tokens = sum(int(batch.loss_mask.sum()) for batch in forget)
+    report = UnlearnReport(
+        to_dict(config), model_id(run.model), sum(float(s.sum()) for s in start) / forget_tokens, retain_nll
+    )
+    report.costs = progress.costs
+
+    def solve(gradient: Matrices) -> Matrices:
+        assert curvature is not None
+        return {
+            name: curvature[name].solve(m, curvature[name].damping(config.damping, config.damping_kind)).to(run.dtype)
+            for name, m in gradient.items()
+        }
+
+    change: Matrices = {x.name: torch.zeros(x.d_out, x.width_in, dtype=run.dtype, device=run.device) for x in run.layers}
+    current_kl = 0.0
+    for number in range(1, config.steps + 1):
+        refit = config.refit_every > 0 and number > 1 and (number - 1) % config.refit_every == 0
+        if curvature is None or refit:
+            curvature = fit(run.model, _as_batches(fitted), config.fit, progress=progress)
+        with progress.stage(f"step {number}: gradients", tokens["forget"] + (number > 1 and wants_pull) * tokens["retain"]) as stage:
+            gradient, _ = run.forget_gradient(forget, start, stage)
+            pull = None
+            if number > 1 and wants_pull:
+                pull = solve(run.kl_gradient(fitted, fitted_rows, stage))
+            direction = solve(gradient)
+        with progress.stage(f"step {number}: search", None) as stage:
+            base, weight, at_zero = change, 0.0, current_kl
+            if pull is not None:
+                weight, at_zero = _choose_retain_weight(
+                    run, change, pull, current_kl, config.retain_weights, lambda: run.measure(held, held_rows, stage)[0]
+                )
+                base = _combine((1.0, change), (-weight, pull))
+            quadratic = _Quadratic(curvature, base, direction)
+
+            def measure(eta: float) -> float:
+                run.set_change(_combine((1.0, base), (eta, direction)))  # noqa: B023
+                return run.measure(held, held_rows, stage)[0]  # noqa: B023
+
+            if config.step_size is not None:
+                eta, reason = config.step_size, ""
+                trials = [Trial(eta, quadratic(eta), measure(eta))]
+                if not math.isfinite(trials[0].measured_kl):
+                    eta, reason = 0.0, "the measured KL is not finite"
+            else:
+                assert config.kl_budget is not None
+                target = config.kl_budget * number / config.steps
+                first = quadratic.reach(target, min(at_zero, target))
+                if first > 0 and math.isfinite(first) and at_zero < target:
+                    eta, trials = search_step_size(measure, quadratic, first, at_zero, target, config.trials)
+                    reason = "" if eta > 0 else f"no trial met the retain-KL budget of {target:.4g} nats a token"
+                else:
+                    eta, trials = 0.0, []
+                    reason = (
+                        f"the retain KL is {at_zero:.4g} before the step and its budget is {target:.4g} nats a token"
+                        if at_zero >= target
+                        else "the direction is zero or not finite"
+                    )
+            if eta > 0:
+                change = _combine((1.0, base), (eta, direction))
+            run.set_change(change)
+            current_kl, held_nll = run.measure(held, held_rows, stage)
+            forget_nll = sum(float(s.sum()) for s in run.sequence_nll(forget)) / forget_tokens
+        step = Step(
+            number, eta > 0, reason, eta, weight, quadratic(eta), current_kl, forget_nll, held_nll, refit, tuple(trials)
+        )
+        report.steps.append(step)
+        progress.say(
+            f"step {number}: forget NLL {forget_nll:.3f}, retain KL {current_kl:.4f} (predicted {step.predicted_kl:.4f}),"
+            f" η {eta:.3g}, c {weight:g}" + ("" if step.accepted else f" - rolled back: {reason}")
+        )
+        if not step.accepted:
+            report.warnings.append(f"step {number} was rolled back: {reason}")
+            break
+    if len(report.accepted) > 1 and config.refit_every == 0:
+        report.warnings.append(
+            "the curvature was fitted once, at the original weights; steps far from them follow a stale matrix"
+            " (refit_every fits it anew)"
+        )
+    return change, report

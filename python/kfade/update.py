@@ -1,0 +1,147 @@
+"""`Update`: what unlearning adds to a model's weights, as a small set of tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .errors import StorageError
+from .storage import write_tensors
+
+FORMAT = "kfade-update"
+VERSION = 1
+FILE = "update.safetensors"
+
+
+@dataclass
+class _Applied:
+    """What one application changed, so that it can be undone to the bit."""
+
+    scale: float
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Update:
+    """Tensors to add to a model's parameters.
+
+    Attributes:
+        tensors: by parameter name, float32 (float64 for a float64 model), in the parameter's layout.
+        model_id: the model it was made for; only a note, shapes are what is checked.
+        report: what the run that made it measured; None for one loaded from a file.
+    """
+
+    tensors: dict[str, Tensor] = field(repr=False)
+    model_id: str = ""
+    report: Any = field(default=None, repr=False)
+    _applied: WeakKeyDictionary[nn.Module, list[_Applied]] = field(default_factory=WeakKeyDictionary, repr=False)
+
+    def _targets(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        wrong = []
+        for name, tensor in self.tensors.items():
+            if name not in parameters:
+                wrong.append(f"{name}: not in the model")
+            elif parameters[name].shape != tensor.shape:
+                wrong.append(f"{name}: {list(tensor.shape)} in the update, {list(parameters[name].shape)} in the model")
+            elif not parameters[name].is_floating_point():
+                wrong.append(f"{name}: {parameters[name].dtype} in the model")
+        if wrong:
+            shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+            raise ValueError(f"model does not fit this update: {shown}")
+        return {name: parameters[name] for name in self.tensors}
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module, scale: float = 1.0) -> nn.Module:
+        """Add `scale` times the update to the model's parameters, in place.
+
+        The model may have been trained further since the update was made. The parameters as they
+        were are kept until `remove_`, so that removing restores every bit.
+
+        Raises:
+            ValueError: `scale` is not finite, or the model lacks a parameter or has it in another
+                shape; all mismatches are listed and nothing is changed.
+        """
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"scale is {scale!r}; it must be a finite number")
+        targets = self._targets(model)
+        before = {name: p.detach().clone() for name, p in targets.items()}
+        for name, p in targets.items():
+            delta = self.tensors[name].to(p.device)
+            p.copy_(p.to(delta.dtype).add_(delta, alpha=scale))
+        # Versions alone cannot tell training from a round trip through a copy; the values can.
+        after = {name: p.detach().clone() for name, p in targets.items()}
+        self._applied.setdefault(model, []).append(_Applied(float(scale), before, after))
+        return model
+
+    @torch.no_grad()
+    def remove_(self, model: nn.Module) -> nn.Module:
+        """Undo the last `apply_` to this model.
+
+        A parameter that nobody has changed since gets its old bits back; from one that was trained
+        further the update is subtracted, which is exact up to rounding.
+
+        Raises:
+            ValueError: this update is not applied to this model (a model loaded from disk with an
+                update inside takes `apply_` with the opposite scale), or the model does not fit.
+        """
+        stack = self._applied.get(model)
+        if not stack:
+            raise ValueError("model has no application of this update to remove; apply_ it with the opposite scale")
+        targets = self._targets(model)
+        applied = stack.pop()
+        for name, p in targets.items():
+            if torch.equal(p, applied.after[name].to(p.device)):
+                p.copy_(applied.before[name])
+            else:
+                delta = self.tensors[name].to(p.device)
+                p.copy_(p.to(delta.dtype).sub_(delta, alpha=applied.scale))
+        return model
+
+    def norm(self) -> float:
+        """Euclidean norm over all tensors."""
+        return math.sqrt(sum(float(t.double().square().sum()) for t in self.tensors.values()))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: `path` itself, or `update.safetensors` in the directory `path`."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            path.mkdir(parents=True, exist_ok=True)
+            path = path / FILE
+        metadata = {"format": FORMAT, "version": str(VERSION), "model_id": self.model_id}
+        if self.report is not None:
+            metadata["report"] = json.dumps(self.report.summary())
+        write_tensors(path, self.tensors, metadata)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Update:
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError: the file is missing, corrupt, not an update, or of a future version.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata: Mapping[str, str] = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise StorageError(f"{path} has format {metadata.get('format')!r}; it must be {FORMAT!r}")
+                if metadata.get("version") != str(VERSION):
+                    raise StorageError(f"{path} has version {metadata.get('version')!r}; this kfade reads {VERSION}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"{path} cannot be read: {error}") from error
+        return cls(tensors, metadata.get("model_id", ""))

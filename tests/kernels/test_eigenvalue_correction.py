@@ -1,0 +1,172 @@
+"""`eigenvalue_correction_` against float64, for each backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kfade_kernels as kk
+import pytest
+import torch
+from kfade_kernels.eigenvalue_correction import cpu
+from oracles import Sizes, assert_as_accurate, assert_close, orthogonal, squared_gradients
+from torch import Tensor
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Tokens below, between and above the widths, so that each side is rotated as tokens and as gradient.
+SHAPES = [(1, 5, 7), (4, 1, 129), (6, 13, 4), (40, 13, 7), (3, 127, 128), (2, 300, 5)]
+
+
+def state(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "d_out", "d_in"), SHAPES)
+def test_agrees_with_float64(
+    backend: str, tokens: int, d_out: int, d_in: int, dtype: torch.dtype, ones: bool
+) -> None:
+    g, a = torch.randn(3, tokens, d_out).to(dtype), torch.randn(3, tokens, d_in).to(dtype)
+    mask = torch.rand(3, tokens) > 0.3
+    mask[0] = True
+    g[~mask], a[~mask] = torch.nan, torch.inf
+    q_out, q_in = orthogonal(d_out, state(dtype)), orthogonal(d_in + ones, state(dtype))
+    arguments = (g, a, q_out, q_in, mask)
+    lam = torch.zeros(d_out, d_in + ones, dtype=state(dtype))
+    assert kk.eigenvalue_correction_(lam, *arguments, ones_column=ones) is lam
+    plain = squared_gradients(*arguments, ones=ones, dtype=state(dtype))
+    # The three orders of multiplication round differently, and squares double an error.
+    assert_as_accurate(lam, plain, squared_gradients(*arguments, ones=ones), times=8)
+
+
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize(("rotate_out", "rotate_in"), [(True, False), (False, True), (False, False)])
+def test_sides_without_a_basis(backend: str, rotate_out: bool, rotate_in: bool, ones: bool) -> None:
+    g, a = torch.randn(3, 6, 9, dtype=torch.float64), torch.randn(3, 6, 4, dtype=torch.float64)
+    q_out, q_in = (orthogonal(9) if rotate_out else None), (orthogonal(4 + ones) if rotate_in else None)
+    lam = torch.full((9, 4 + ones), 2.0, dtype=torch.float64)
+    kk.eigenvalue_correction_(lam, g, a, q_out, q_in, ones_column=ones)
+    assert_close(lam, squared_gradients(g, a, q_out, q_in, ones=ones) + 2, 1e-13)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 60])
+@pytest.mark.parametrize("ones", [False, True])
+def test_bfloat16_pair_of_eigenvectors(backend: str, tokens: int, ones: bool) -> None:
+    """On a steep spectrum the pair stays near float64, where plain bfloat16 eigenvectors do not."""
+    scale = torch.logspace(0, -3, 24)
+    q_out, q_in = orthogonal(33, torch.float32), orthogonal(24 + ones, torch.float32)
+    a = ((torch.randn(8, tokens, 24) * scale) @ q_in[:24, :24].T).bfloat16()
+    g = torch.randn(8, tokens, 33).bfloat16()
+    lam = torch.zeros(33, 24 + ones)
+    kk.eigenvalue_correction_(lam, g, a, kk.bf16_pair(q_out), kk.bf16_pair(q_in), ones_column=ones)
+    truth = squared_gradients(g, a, q_out, q_in, ones=ones)
+    # Rotated tokens are rounded to bfloat16 once (2⁻⁹ a number), which squaring doubles.
+    assert_close(lam, truth, 4 * 2.0**-9)
+
+
+def test_a_pair_is_as_good_as_float32() -> None:
+    q = orthogonal(50, torch.float32)
+    assert kk.bf16_pair(q).shape == (2, 50, 50)
+    assert_close(kk.bf16_pair(q).float().sum(0), q, 2.0**-16)
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_rotate(ones: bool) -> None:
+    x, q = torch.randn(2, 3, 6, dtype=torch.float64), orthogonal(6 + ones)
+    widened = torch.cat([x, torch.ones(2, 3, 1, dtype=torch.float64)], -1) if ones else x
+    assert_close(kk.rotate(x, q, ones_column=ones), widened @ q, 1e-14)
+    pair = kk.bf16_pair(q.float())
+    assert_close(kk.rotate(x.float(), pair, ones_column=ones), widened @ q, 1e-4)
+    low = kk.rotate(x.bfloat16(), pair, ones_column=ones)
+    assert low.dtype == torch.bfloat16
+    assert_close(low, widened @ q, 2.0**-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"),
+    [((0, 4), None), ((3, 0), None), ((3, 4), torch.zeros(3, 4, dtype=torch.bool))],
+    ids=["no sequences", "no tokens", "all masked"],
+)
+def test_nothing_adds_nothing(backend: str, shape: tuple[int, int], mask: Tensor | None) -> None:
+    g, a = torch.full((*shape, 6), torch.nan), torch.full((*shape, 5), torch.nan)
+    lam = torch.rand(6, 6)
+    before = lam.clone()
+    kk.eigenvalue_correction_(lam, g, a, orthogonal(6, torch.float32), None, mask, ones_column=True)
+    assert torch.equal(lam, before)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: torch.stack([x, x], 3)[..., 0],
+        lambda x: x[:, :1].expand(-1, 5, -1),
+        lambda x: x[1:, 1:, :],
+    ],
+    ids=["transposed", "column stride", "expanded", "offset"],
+)
+@pytest.mark.parametrize("bases", [False, True])
+def test_any_strides(backend: str, view: Any, bases: bool) -> None:
+    g, a = view(torch.randn(3, 5, 7, dtype=torch.float64)), view(torch.randn(3, 5, 4, dtype=torch.float64))
+    q = (orthogonal(7).T, orthogonal(4).T) if bases else (None, None)
+    lam = torch.zeros(4, 7, dtype=torch.float64).T
+    kk.eigenvalue_correction_(lam, g, a, *q)
+    assert_close(lam, squared_gradients(g, a, *q), 1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
+    g, a = torch.randn(4, 9, 33).to(dtype), torch.randn(4, 9, 20).to(dtype)
+    q_out, q_in = orthogonal(33, state(dtype)), orthogonal(20, state(dtype))
+    twice = [kk.eigenvalue_correction_(torch.zeros(33, 20, dtype=state(dtype)), g, a, q_out, q_in) for _ in "ab"]
+    assert torch.equal(*twice)
+
+
+def test_tiles_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    g, a = torch.randn(3, 4, 50), torch.randn(3, 4, 8)
+    whole = kk.eigenvalue_correction_(torch.zeros(50, 8), g, a)
+    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 56)
+    assert_close(kk.eigenvalue_correction_(torch.zeros(50, 8), g, a), whole, 1e-6)
+
+
+def test_no_tensor_of_all_gradients() -> None:
+    g, a = torch.randn(16, 3, 64), torch.randn(16, 3, 64)
+    sizes = Sizes()
+    with sizes:
+        cpu.run(torch.zeros(64, 64), g, a, orthogonal(64, torch.float32), None, None, False)
+    assert sizes.largest <= 64 * 64
+
+
+LAM, G, A = torch.zeros(6, 5), torch.zeros(2, 3, 6), torch.zeros(2, 3, 5)
+BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("lam is a list", {"lam": [1.0]}, TypeError, "lam is a list"),
+    ("lam 16-bit", {"lam": LAM.bfloat16()}, TypeError, "lam is torch.bfloat16"),
+    ("lam three-dimensional", {"lam": LAM[None]}, ValueError, "lam has shape"),
+    ("lam too wide", {"lam": torch.zeros(6, 6)}, ValueError, "a has shape"),
+    ("lam too high", {"lam": torch.zeros(7, 5)}, ValueError, "g has shape"),
+    ("g two-dimensional", {"g": G[0]}, ValueError, "g has shape"),
+    ("g integers", {"g": G.long()}, TypeError, "g is torch.int64"),
+    ("g wider", {"g": G.double()}, TypeError, "g is torch.float64"),
+    ("a wider", {"a": A.double()}, TypeError, "a is torch.float64"),
+    ("a sparse", {"a": A.to_sparse()}, ValueError, "a has layout"),
+    ("a elsewhere", {"a": A.to("meta")}, ValueError, "a is on meta"),
+    ("other tokens", {"a": torch.zeros(2, 4, 5)}, ValueError, "a has shape"),
+    ("other sequences", {"a": torch.zeros(3, 3, 5)}, ValueError, "a has shape"),
+    ("no column for ones", {"ones_column": True}, ValueError, "a has shape"),
+    ("q_out too small", {"q_out": torch.eye(5)}, ValueError, "q_out has shape"),
+    ("q_in too large", {"q_in": torch.eye(6)}, ValueError, "q_in has shape"),
+    ("q_in without the ones", {"lam": torch.zeros(6, 6), "q_in": torch.eye(5), "ones_column": True}, ValueError, "q_in"),
+    ("q_out plain bfloat16", {"q_out": torch.eye(6).bfloat16()}, TypeError, "q_out is torch.bfloat16"),
+    ("q_out float32 pair", {"q_out": torch.zeros(2, 6, 6)}, TypeError, "q_out is torch.float32"),
+    ("q_in float16", {"q_in": torch.eye(5).half()}, TypeError, "q_in is torch.float16"),
+    ("q_in wider", {"q_in": torch.eye(5).double()}, TypeError, "q_in is torch.float64"),
+    ("q_in elsewhere", {"q_in": torch.eye(5, device="meta")}, ValueError, "q_in is on meta"),
+    ("mask flat", {"mask": torch.ones(6, dtype=torch.bool)}, ValueError, "mask has shape"),
+    ("mask of weights", {"mask": torch.ones(2, 3)}, TypeError, "mask is torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        kk.eigenvalue_correction_(**{"lam": LAM, "g": G, "a": A, **change})
