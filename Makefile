@@ -73,4 +73,4 @@ $(TEST)/.needs: $(DECLARED) tests/peers.txt tests/peers-needs.txt
 
 clean:
 	rm -rf $(DEMO) $(TEST) build dist python/*.egg-info kfade-demo .pytest_cache .mypy_cache .ruff_cache .benchmarks
-	find kfade_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path "./.*" -prune -exec rm -rf {} +

@@ -68,9 +68,7 @@ class Operation:
         disabled = {name.strip() for name in os.environ.get(KILL_SWITCH, "").split(",")}
         refused: list[tuple[str, str]] = []
         for backend in self.backends[:-1]:
-            reason = (
-                f"disabled by {KILL_SWITCH}" if backend.name in disabled else backend.refuses(*arguments)
-            )
+            reason = f"disabled by {KILL_SWITCH}" if backend.name in disabled else backend.refuses(*arguments)
             if reason is None:
                 return backend, refused
             refused.append((backend.name, reason))

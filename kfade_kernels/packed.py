@@ -99,9 +99,7 @@ class PackedSymmetric:
 
     __slots__ = ("data", "n")
 
-    def __init__(
-        self, n: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, n: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         if not isinstance(n, int) or isinstance(n, bool):
             raise TypeError(f"n is a {type(n).__name__}; it must be an integer order")
         if n < 1:
@@ -119,9 +117,7 @@ class PackedSymmetric:
             ValueError: `data` is not one contiguous dimension of the right length.
         """
         if data.ndim != 1 or data.numel() != packed_elements(n) or not data.is_contiguous():
-            raise ValueError(
-                f"data has shape {list(data.shape)}; order {n} needs a contiguous [{packed_elements(n)}]"
-            )
+            raise ValueError(f"data has shape {list(data.shape)}; order {n} needs a contiguous [{packed_elements(n)}]")
         matrix = cls.__new__(cls)
         matrix.n, matrix.data = n, data
         return matrix

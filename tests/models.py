@@ -7,8 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from kfade.capture import deterministic_mode
-from kfade.loss import Head, check_batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -24,11 +22,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from kfade.capture import deterministic_mode
+from kfade.loss import Head, check_batch
 
 VOCABULARY = 97
 Batch = dict[str, Tensor]
@@ -46,6 +49,12 @@ _KINDS: dict[str, tuple[Callable[..., Any], Callable[..., nn.Module], dict[str, 
     "neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _LLAMA),
     "mistral": (MistralConfig, MistralForCausalLM, {**_LLAMA, "num_key_value_heads": 1}),
     "phi": (PhiConfig, PhiForCausalLM, _LLAMA),
+    "opt": (
+        OPTConfig,
+        OPTForCausalLM,
+        {**_COMMON, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    ),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, _GEMMA),
 }
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma", "neox", "mistral", "phi")
@@ -57,7 +66,7 @@ def roughen(model: nn.Module, scale: float = 0.2, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     return model
 
 
@@ -83,7 +92,9 @@ def batch(padding: str = "right", sequences: int = 4, tokens: int = 9, seed: int
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
 
 
-def sampled_labels(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], seed: int = 0, sample: int = 0) -> list[Tensor]:
+def sampled_labels(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], seed: int = 0, sample: int = 0
+) -> list[Tensor]:
     """The labels that `fit` draws, one `[B, T]` a batch, with -100 where it draws none."""
     drawn = []
     with deterministic_mode(model), torch.no_grad():

@@ -43,7 +43,9 @@ def with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones(*x.shape[:-1], 1, dtype=x.dtype)], -1)
 
 
-def outer_sum(x: Tensor, mask: Tensor | None = None, *, ones: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
+def outer_sum(
+    x: Tensor, mask: Tensor | None = None, *, ones: bool = False, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """`xᵀ diag(mask) x` of rows with any leading dimensions."""
     x = (x.reshape(-1, x.shape[-1]) if mask is None else x[mask.bool()]).to(dtype)
     x = with_ones(x) if ones else x

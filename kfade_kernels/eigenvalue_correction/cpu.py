@@ -44,9 +44,7 @@ def _accumulate_tiles(lam: Tensor, g: Tensor, a: Tensor) -> None:
             tile.addcmul_(product, product)
 
 
-def _accumulate_rotated(
-    lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None
-) -> None:
+def _accumulate_rotated(lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None) -> None:
     """The same, with the sides that are left rotated as gradients, one sequence at a time."""
     for sequence in range(g.shape[0]):
         gradient = g[sequence].T @ a[sequence]
@@ -81,11 +79,10 @@ def run(
         a = append_ones(a)
     narrow = g.dtype == a.dtype == torch.bfloat16 and lam.dtype == torch.float32
     g, a = g.to(lam.dtype), a.to(lam.dtype)
-    if tokens == 1:
-        if q_out is None and q_in is None:
-            # A single token factorises: (g aᵀ)∘² = g∘² (a∘²)ᵀ, so all sequences are one product.
-            lam.addmm_(g[:, 0].square().T, a[:, 0].square())
-            return
+    if tokens == 1 and q_out is None and q_in is None:
+        # A single token factorises: (g aᵀ)∘² = g∘² (a∘²)ᵀ, so all sequences are one product.
+        lam.addmm_(g[:, 0].square().T, a[:, 0].square())
+        return
     if q_out is None and q_in is None:
         with bf16_operands(narrow):
             _accumulate_tiles(lam, g, a)
@@ -103,9 +100,7 @@ def refuses(lam: Tensor, *_: object) -> str | None:
     return None if lam.device.type == "cpu" else f"lam is on {lam.device}"
 
 
-def configuration(
-    lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None, *_: object
-) -> str:
+def configuration(lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None, *_: object) -> str:
     tokens = g.shape[1]
     sides = [
         f"{side} rotated as {'tokens' if rotates_tokens(tokens, width) else 'gradient'}"

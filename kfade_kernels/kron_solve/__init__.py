@@ -14,9 +14,7 @@ from . import cpu, reference
 Eigenvalues = Tensor | tuple[Tensor, Tensor]
 
 
-def _prepare(
-    v: Tensor, q_out: Tensor, q_in: Tensor, eigenvalues: Eigenvalues, damping: float
-) -> tuple[Any, ...]:
+def _prepare(v: Tensor, q_out: Tensor, q_in: Tensor, eigenvalues: Eigenvalues, damping: float) -> tuple[Any, ...]:
     check.tensor("v", v, ndim=(2, 3))
     d_out, d_in = v.shape[-2:]
     for name, q, order in (("q_out", q_out, d_out), ("q_in", q_in, d_in)):

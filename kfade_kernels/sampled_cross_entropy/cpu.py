@@ -85,6 +85,8 @@ def refuses(x: Tensor, *_: object) -> str | None:
     return None if x.device.type == "cpu" else f"x is on {x.device}"
 
 
-def configuration(x: Tensor, weight: Tensor | None, bias: object, uniform: object, labels: object, chunk_rows: int) -> str:
+def configuration(
+    x: Tensor, weight: Tensor | None, bias: object, uniform: object, labels: object, chunk_rows: int
+) -> str:
     vocabulary = x.shape[1] if weight is None else weight.shape[0]
     return f"chunks of {rows_per_chunk(vocabulary, chunk_rows)} rows × {vocabulary} words"

@@ -33,9 +33,7 @@ def _add_ones_row(last_panel: Tensor, x: Tensor, alpha: float) -> None:
     last_panel[-1, -1].add_(alpha * x.shape[0])
 
 
-def run(
-    packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool
-) -> None:
+def run(packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool) -> None:
     x = x.reshape(-1, x.shape[-1])
     if mask is not None and not bool(mask.all()):
         x = x.index_select(0, mask.nonzero().squeeze(1))
@@ -55,14 +53,10 @@ def run(
             _add_ones_row(panel.view(packed), chunk, alpha)
 
 
-def refuses(
-    packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool
-) -> str | None:
+def refuses(packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool) -> str | None:
     return None if x.device.type == "cpu" else f"x is on {x.device}"
 
 
-def configuration(
-    packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool
-) -> str:
+def configuration(packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool) -> str:
     product = "bf16 operands" if x.dtype == torch.bfloat16 and HAS_BF16_OPERANDS else str(packed.dtype)
     return f"{len(list(panels(order)))} panels of {PANEL_ROWS} rows, {product}, accumulated in {packed.dtype}"

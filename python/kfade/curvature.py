@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from kfade_kernels import PackedSymmetric, kron_solve
 from torch import Tensor
 
-from .config import FitConfig
+from .config import DAMPINGS, FitConfig
 from .layers import WeightAndBias
+
+_State = TypeVar("_State", Tensor, PackedSymmetric)
 
 
 @dataclass
@@ -61,7 +63,7 @@ class LayerCurvature:
     def width_in(self) -> int:
         return self.d_in + int(self.has_bias)
 
-    def _need(self, value: Any, what: str) -> Any:
+    def _need(self, value: _State | None, what: str) -> _State:
         if value is None:
             raise ValueError(f"layer {self.name} has no {what}: the curvature was fitted without")
         return value
@@ -106,8 +108,7 @@ class LayerCurvature:
         """`(F + λI)⁻¹` applied to `matrix [d_out, d_in (+ 1)]` or a batch of them; λ absolute."""
         if matrix.shape[-2:] != (self.d_out, self.width_in):
             raise ValueError(
-                f"the gradient of {self.name} has shape {list(matrix.shape)};"
-                f" it must be {[self.d_out, self.width_in]}"
+                f"the gradient of {self.name} has shape {list(matrix.shape)}; it must be {[self.d_out, self.width_in]}"
             )
         if self.q_out is None or self.q_in is None:
             values = self.eigenvalues().to(matrix.device)
@@ -191,8 +192,6 @@ class Curvature(Mapping[str, LayerCurvature]):
         Raises:
             ValueError: an unknown layer, a wrong shape, a bad damping or kind.
         """
-        from .config import DAMPINGS
-
         if kind not in DAMPINGS:
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(DAMPINGS)}")
         unknown = sorted(set(gradients) - set(self.layers))

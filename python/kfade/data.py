@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import DataError
 from .loss import IGNORE_INDEX
 
+LOSSES = ("response", "answer")
 _PROMPTS = ("prompt", "question")
 _RESPONSES = ("response", "answer")
 
@@ -73,7 +74,7 @@ def read_jsonl(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     records = []
@@ -164,8 +165,23 @@ def _closing(tokenizer: Any, prompt: str, response: str, chat: bool) -> str:
     return tail.rstrip("\n")
 
 
-def encode(tokenizer: Any, record: Record, *, chat: bool, max_tokens: int = 512) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one record; the prompt's labels are -100. Cut at `max_tokens`."""
+def _answer_span(record: Record, response: str) -> tuple[int, int]:
+    """Characters of `response` that hold the answer; the whole response where it is not found."""
+    for answer in (record.answer, *record.aliases):
+        start = response.find(answer)
+        if start >= 0:
+            return start, start + len(answer)
+    return 0, len(response)
+
+
+def encode(
+    tokenizer: Any, record: Record, *, chat: bool, max_tokens: int = 512, loss_on: str = "response"
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one record; the prompt's labels are -100. Cut at `max_tokens`.
+
+    With `loss_on="answer"` only the tokens of the record's short answer inside the response carry
+    loss, so that unlearning it leaves the sentence around it alone.
+    """
     if not record.prompt:
         ids = tokenizer(record.response)["input_ids"][:max_tokens]
         return ids, list(ids)
@@ -173,9 +189,16 @@ def encode(tokenizer: Any, record: Record, *, chat: bool, max_tokens: int = 512)
     response = record.response if chat else f" {record.response}"
     response += _closing(tokenizer, record.prompt, record.response, chat)
     front = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
-    back = tokenizer(response, add_special_tokens=False)["input_ids"]
-    ids = (front + back)[:max_tokens]
-    return ids, ([IGNORE_INDEX] * len(front) + back)[:max_tokens]
+    if loss_on == "response":
+        back = tokenizer(response, add_special_tokens=False)["input_ids"]
+        labels = back
+    else:
+        encoding = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
+        back = encoding["input_ids"]
+        start, stop = _answer_span(record, response)
+        inside = [begin < stop and end > start for begin, end in encoding["offset_mapping"]]
+        labels = [token if counts else IGNORE_INDEX for token, counts in zip(back, inside, strict=True)]
+    return (front + back)[:max_tokens], ([IGNORE_INDEX] * len(front) + labels)[:max_tokens]
 
 
 def collate(encoded: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
@@ -209,6 +232,7 @@ def make_batches(
     chat: bool | None = None,
     batch_size: int = 8,
     max_tokens: int = 512,
+    loss_on: str = "response",
 ) -> list[dict[str, Tensor]]:
     """Batches of records of similar length: sorted by length, so that little padding is computed.
 
@@ -218,16 +242,20 @@ def make_batches(
         chat: render exchanges with the chat template; None where the tokenizer has one.
         batch_size: sequences a batch.
         max_tokens: tokens a sequence, the rest is cut.
+        loss_on: `response`, or `answer`: only the tokens of the short answer inside it (needs a fast
+            tokenizer).
 
     Raises:
-        ValueError: `batch_size` or `max_tokens` is less than 1 (2 for tokens), or `chat` is impossible.
+        ValueError: `loss_on` is neither, `batch_size` or `max_tokens` is less than 1 (2 for tokens), or `chat` is impossible.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if max_tokens < 2:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 2")
+    if loss_on not in LOSSES:
+        raise ValueError(f"loss_on is {loss_on!r}; it must be one of {', '.join(LOSSES)}")
     rendered = uses_chat(tokenizer, chat)
-    encoded = [encode(tokenizer, record, chat=rendered, max_tokens=max_tokens) for record in records]
+    encoded = [encode(tokenizer, r, chat=rendered, max_tokens=max_tokens, loss_on=loss_on) for r in records]
     encoded.sort(key=lambda pair: -len(pair[0]))
     pad = pad_id(tokenizer)
     return [collate(encoded[i : i + batch_size], pad) for i in range(0, len(encoded), batch_size)]

@@ -118,9 +118,7 @@ def _fit_layers(
     suffix: str,
 ) -> dict[str, LayerCurvature]:
     states = {
-        layer.name: LayerCurvature(
-            layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group
-        )
+        layer.name: LayerCurvature(layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group)
         for layer in layers
     }
     if config.curvature == "identity":
@@ -142,7 +140,9 @@ def _fit_layers(
 
             run_fisher(model, head, layers, batches, config, factors, next_sample)
         factors.finish()
-        with progress.stage(f"eigendecomposition{suffix}", len(layers) + sum(x.leads for x in layers), "factor") as stage:
+        with progress.stage(
+            f"eigendecomposition{suffix}", len(layers) + sum(x.leads for x in layers), "factor"
+        ) as stage:
             for state in states.values():
                 leader = states[state.group]
                 if leader.q_in is None:

@@ -105,7 +105,7 @@ def _refusal(module: nn.Module) -> str | None:
         return f"it is a {type(module).__module__}.{type(module).__name__}, whose forward is not that of nn.Linear"
     if isinstance(module, Conv1D) and type(module) is not Conv1D:
         return f"it is a {type(module).__module__}.{type(module).__name__}, a subclass of Conv1D"
-    if not module.weight.is_floating_point():  # type: ignore[union-attr,operator]
+    if not module.weight.is_floating_point():  # type: ignore[operator]
         return f"its weight is quantised ({module.weight.dtype})"
     return None
 

@@ -161,20 +161,22 @@ class Head:
         picked: Tensor = output[batch.loss_mask]
         return picked
 
-    def _projection(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
-        if self.weight is None:
-            return {}
-        return {"weight": self.weight.to(dtype), "bias": None if self.bias is None else self.bias.to(dtype)}
+    def _projection(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias in the dtype of the rows."""
+        weight = None if self.weight is None else self.weight.to(dtype)
+        return weight, None if self.bias is None else self.bias.to(dtype)
 
     def sampled(self, rows: Tensor, batch: Batch, seed: int, sample: int) -> tuple[Tensor, Tensor, Tensor]:
         """Labels `[N]` drawn from the softmax, gradient of `Σ −log p` on the rows, and `−log p [N]`."""
         keys = sequence_keys(batch, seed).unsqueeze(1) + 7_919 * sample
         uniform = counter_uniform(keys, batch.positions)[batch.loss_mask]
-        return sampled_cross_entropy(rows.detach(), uniform, **self._projection(rows.dtype))
+        weight, bias = self._projection(rows.dtype)
+        return sampled_cross_entropy(rows.detach(), uniform, weight=weight, bias=bias)
 
     def labelled(self, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The same for the labels of the data."""
-        return sampled_cross_entropy(rows.detach(), labels=batch.targets, **self._projection(rows.dtype))
+        weight, bias = self._projection(rows.dtype)
+        return sampled_cross_entropy(rows.detach(), labels=batch.targets, weight=weight, bias=bias)
 
     def kl(self, rows: Tensor, reference: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
         """KL(p_reference ‖ p) of each row `[N]` in nats, and its gradient on the rows.
@@ -184,8 +186,7 @@ class Head:
             reference: rows of the original model at the same positions.
             gradient: whether the gradient is wanted; without, what is returned for it is empty.
         """
-        projection = self._projection(rows.dtype)
-        weight, bias = projection.get("weight"), projection.get("bias")
+        weight, bias = self._projection(rows.dtype)
         vocabulary = rows.shape[1] if weight is None else weight.shape[0]
         divergence = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
         grad = torch.empty_like(rows if gradient else rows[:0])

@@ -42,8 +42,11 @@ _COUNTS = ("d_out", "d_in", "has_bias", "transposed", "group", "positions", "los
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -124,7 +127,6 @@ def save_curvature(curvature: Curvature, directory: Path) -> None:
         "files": files,
     }
     write_text(manifest_path, json.dumps(manifest, indent=1))
-
 
 
 def _check_model(model: nn.Module, states: Mapping[str, LayerCurvature], directory: Path) -> None:

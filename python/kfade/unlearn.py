@@ -198,7 +198,9 @@ class _Run:
                 p.requires_grad_(True)
         return stack
 
-    def forget_gradient(self, batches: Sequence[Batch], start: Sequence[Tensor], stage: Stage) -> tuple[Matrices, float]:
+    def forget_gradient(
+        self, batches: Sequence[Batch], start: Sequence[Tensor], stage: Stage
+    ) -> tuple[Matrices, float]:
         """Gradient of the forget objective (token mean), and the token-mean NLL."""
         tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
         total = 0.0
@@ -392,7 +394,9 @@ def _steps(
     progress: Progress,
 ) -> tuple[Matrices, UnlearnReport]:
     config = run.config
-    tokens = {name: sum(b.tokens for b in part) for name, part in (("forget", forget), ("retain", fitted), ("held", held))}
+    tokens = {
+        name: sum(b.tokens for b in part) for name, part in (("forget", forget), ("retain", fitted), ("held", held))
+    }
     with progress.stage("original outputs", sum(tokens.values())) as stage:
         held_rows = run.references(held)
         wants_pull = config.retain_term and config.steps > 1
@@ -412,13 +416,17 @@ def _steps(
             for name, m in gradient.items()
         }
 
-    change: Matrices = {x.name: torch.zeros(x.d_out, x.width_in, dtype=run.dtype, device=run.device) for x in run.layers}
+    change: Matrices = {
+        x.name: torch.zeros(x.d_out, x.width_in, dtype=run.dtype, device=run.device) for x in run.layers
+    }
     current_kl = 0.0
     for number in range(1, config.steps + 1):
         refit = config.refit_every > 0 and number > 1 and (number - 1) % config.refit_every == 0
         if curvature is None or refit:
             curvature = fit(run.model, _as_batches(fitted), config.fit, progress=progress)
-        with progress.stage(f"step {number}: gradients", tokens["forget"] + (number > 1 and wants_pull) * tokens["retain"]) as stage:
+        with progress.stage(
+            f"step {number}: gradients", tokens["forget"] + (number > 1 and wants_pull) * tokens["retain"]
+        ) as stage:
             gradient, _ = run.forget_gradient(forget, start, stage)
             pull = None
             if number > 1 and wants_pull:
@@ -434,8 +442,8 @@ def _steps(
             quadratic = _Quadratic(curvature, base, direction)
 
             def measure(eta: float) -> float:
-                run.set_change(_combine((1.0, base), (eta, direction)))  # noqa: B023
-                return run.measure(held, held_rows, stage)[0]  # noqa: B023
+                run.set_change(_combine((1.0, base), (eta, direction)))
+                return run.measure(held, held_rows, stage)[0]
 
             if config.step_size is not None:
                 eta, reason = config.step_size, ""

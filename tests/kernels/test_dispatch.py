@@ -185,3 +185,30 @@ def test_off_the_cpu_the_reference_serves(operation: str) -> None:
 def test_public_function_runs_its_own_arguments(backend: str, operation: str) -> None:
     args, kwargs = public_arguments(operation)
     getattr(kk, operation)(*args, **kwargs)
+
+
+def results(operation: str) -> list[torch.Tensor]:
+    """What a call returns, and the state that it leaves, from the same seed each time."""
+    torch.manual_seed(7)
+    args, kwargs = public_arguments(operation)
+    returned = getattr(kk, operation)(*args, **kwargs)
+    state = args[0] if operation == "accumulate_factors_" else [returned]
+    found = list(returned) if operation == "sampled_cross_entropy" else state
+    return [x.to_dense() if isinstance(x, kk.PackedSymmetric) else x for x in found]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operation", PUBLIC)
+def test_autocast_around_a_call_changes_nothing(backend: str, operation: str, dtype: torch.dtype) -> None:
+    """Curvature is often collected within an autocast region; its products must not follow."""
+    plain = results(operation)
+    with torch.autocast("cpu", dtype):
+        inside = results(operation)
+    assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))
+
+
+def test_rotation_is_not_autocast() -> None:
+    x, q = torch.randn(9, 40), orthogonal(40, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = kk.rotate(x, q)
+    assert torch.equal(inside, kk.rotate(x, q))

@@ -41,7 +41,7 @@ def test_agrees_with_a_dense_solve(backend: str, d_out: int, d_in: int, dtype: t
 @pytest.mark.parametrize("pair", [False, True])
 def test_batches_and_16_bit_gradients(backend: str, v_dtype: torch.dtype, pair: bool) -> None:
     dtype = torch.float64 if v_dtype == torch.float64 else torch.float32
-    q_out, q_in, values, full = problem(130, 9, dtype, pair)
+    q_out, q_in, values, _ = problem(130, 9, dtype, pair)
     v = torch.randn(3, 130, 9).to(v_dtype)
     result = kk.kron_solve(v, q_out, q_in, values, 0.01)
     assert result.dtype == dtype

@@ -1,0 +1,381 @@
+"""The command line: parses, calls the library, prints. Options are checked where they are used."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from .config import FitConfig, UnlearnConfig, fit_config, unlearn_config
+from .errors import KfadeError
+
+_FIT, _UNLEARN = FitConfig(), UnlearnConfig()
+_DEBUG = "kfade.debug"
+_NOT_KEPT = ("config", "as_json", "quiet", "debug")  # how a run is shown, not what it does
+
+
+class _Group(TyperGroup):
+    """Turns the errors that users can mend into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted; no half-written file is left", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except (KfadeError, ValueError, TypeError, OSError) as error:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"error: {message}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="kfade",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a language model unlearn a forget set by uphill Gauss-Newton steps, and keep the rest.",
+)
+
+
+def main() -> None:
+    """Entry point of the `kfade` command."""
+    app()
+
+
+# ---- options that mean the same everywhere
+
+
+def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Values of a YAML file become defaults, which flags override."""
+    if path is None or ctx.resilient_parsing:
+        return path
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config is {path}; it cannot be read: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"--config is {path}; it must hold a mapping of options, not a {type(values).__name__}")
+    known = sorted(str(p.name) for p in ctx.command.params if p.name not in _NOT_KEPT)
+    unknown = sorted(str(key) for key in values if key not in known)
+    if unknown:
+        raise ValueError(f"--config {path} has unknown options {unknown}; {ctx.command.name} knows {known}")
+    ctx.default_map = {key: value for key, value in values.items() if value is not None}
+    return path
+
+
+def _debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta[_DEBUG] = value
+    return value
+
+
+_Config = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--config",
+        callback=_read_config,
+        is_eager=True,
+        metavar="FILE",
+        help="YAML file of options, named as here with underscores; flags override it. Runs write theirs to OUT/config.yaml.",
+        rich_help_panel="Run",
+    ),
+]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.", rich_help_panel="Run")
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel="Run")]
+_Debug = Annotated[
+    bool, typer.Option("--debug", callback=_debug, help="Show the traceback of an error.", rich_help_panel="Run")
+]
+
+_Model = Annotated[str, typer.Option("--model", help="Model: a directory, a .gguf file, or a name on the Hugging Face hub.")]
+_Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write to; made if need be.")]
+_Forget = Annotated[
+    str, typer.Option("--forget", help="What to forget: a .jsonl or .txt file, or NAME[:CONFIGURATION] of a data set on the hub.")
+]
+_Retain = Annotated[str, typer.Option("--retain", help="What to keep; the same kinds of source.")]
+_OptionalForget = Annotated[Optional[str], typer.Option("--forget", help="Forget set: a .jsonl or .txt file, or a data set.")]
+_OptionalRetain = Annotated[Optional[str], typer.Option("--retain", help="Retain set; the same kinds of source.")]
+
+_DATA = "Model and data"
+_Chat = Annotated[
+    Optional[bool],
+    typer.Option("--chat/--no-chat", help="Render exchanges with the chat template. [default: if there is one]", rich_help_panel=_DATA),
+]
+_BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences a batch.", rich_help_panel=_DATA)]
+_MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens a sequence; the rest is cut.", rich_help_panel=_DATA)]
+_Dtype = Annotated[
+    str, typer.Option("--dtype", help="Of the weights: float32, float64, bfloat16 or float16.", rich_help_panel=_DATA)
+]
+_Device = Annotated[str, typer.Option("--device", help="PyTorch device.", rich_help_panel=_DATA)]
+_Limit = Annotated[
+    Optional[int], typer.Option("--limit", min=1, help="Read at most so many records of each source.", rich_help_panel=_DATA)
+]
+_MaxNew = Annotated[
+    int, typer.Option("--max-new-tokens", help="Tokens of a greedy reply; 0 asks for no replies.", rich_help_panel=_DATA)
+]
+
+_CURVATURE = "Curvature"
+_Curvature = Annotated[str, typer.Option("--curvature", help="identity, diagonal, kfac or ekfac.", rich_help_panel=_CURVATURE)]
+_Fisher = Annotated[
+    str,
+    typer.Option("--fisher", help="sampled (labels from the model: Gauss-Newton) or empirical (labels of the data).", rich_help_panel=_CURVATURE),
+]
+_Modules = Annotated[
+    str,
+    typer.Option("--modules", help="mlp, attention, all-linear, or a regular expression searched in module names.", rich_help_panel=_CURVATURE),
+]
+_Samples = Annotated[int, typer.Option("--samples", help="Label samples a batch, for the sampled Fisher.", rich_help_panel=_CURVATURE)]
+_Seed = Annotated[int, typer.Option("--seed", help="Of the sampled labels.", rich_help_panel=_CURVATURE)]
+_LayersPerPass = Annotated[
+    Optional[int],
+    typer.Option("--layers-per-pass", help="Collect at most so many layers at a time, to save memory. [default: all]", rich_help_panel=_CURVATURE),
+]
+_Autocast = Annotated[str, typer.Option("--autocast", help="off, bfloat16 or float16.", rich_help_panel=_CURVATURE)]
+
+_STEP = "Unlearning"
+_Damping = Annotated[float, typer.Option("--damping", help="λ of the solve (F + λI)⁻¹.", rich_help_panel=_STEP)]
+_DampingKind = Annotated[
+    str, typer.Option("--damping-kind", help="relative (times each layer's mean eigenvalue) or absolute.", rich_help_panel=_STEP)
+]
+_Steps = Annotated[int, typer.Option("--steps", help="Uphill steps.", rich_help_panel=_STEP)]
+_KlBudget = Annotated[
+    Optional[float],
+    typer.Option(
+        "--kl-budget",
+        help=f"Retain KL that may be spent, nats a token, measured on held-out sequences. [default: {_UNLEARN.kl_budget:g}]",
+        rich_help_panel=_STEP,
+    ),
+]
+_StepSize = Annotated[Optional[float], typer.Option("--step-size", help="η of every step, instead of a budget.", rich_help_panel=_STEP)]
+_Objective = Annotated[str, typer.Option("--objective", help="cross_entropy, or npo (bounded).", rich_help_panel=_STEP)]
+_NpoBeta = Annotated[float, typer.Option("--npo-beta", help="Inverse temperature of npo.", rich_help_panel=_STEP)]
+_RetainTerm = Annotated[
+    bool,
+    typer.Option("--retain-term/--no-retain-term", help="Put the gradient of the retain KL into the solve from step 2 on.", rich_help_panel=_STEP),
+]
+_RetainWeights = Annotated[
+    Optional[list[float]],
+    typer.Option("--retain-weights", help="Weights tried for it; give the option several times.", rich_help_panel=_STEP),
+]
+_RefitEvery = Annotated[int, typer.Option("--refit-every", help="Fit the curvature anew every so many steps; 0 never.", rich_help_panel=_STEP)]
+_Holdout = Annotated[
+    float, typer.Option("--holdout", help="Share of the retain sequences that only measures KL.", rich_help_panel=_STEP)
+]
+_Trials = Annotated[int, typer.Option("--trials", help="At most so many measurements for one step size.", rich_help_panel=_STEP)]
+
+
+def _fit_options(options: Mapping[str, Any]) -> FitConfig:
+    return fit_config({f.name: options[f.name] for f in fields(FitConfig)})
+
+
+def _unlearn_options(options: Mapping[str, Any]) -> UnlearnConfig:
+    values = {f.name: options[f.name] for f in fields(UnlearnConfig) if f.name != "fit"}
+    values["retain_weights"] = values["retain_weights"] or _UNLEARN.retain_weights
+    if values["step_size"] is None and values["kl_budget"] is None:
+        values["kl_budget"] = _UNLEARN.kl_budget
+    return unlearn_config({**values, "fit": _fit_options(options)})
+
+
+# ---- helpers of the commands
+
+
+def _start(quiet: bool) -> Any:
+    """Progress for a command; transformers keeps its own bars and advice to itself."""
+    from transformers.utils import logging
+
+    from .progress import Progress
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return Progress(show=not quiet)
+
+
+def _records(source: str, limit: int | None) -> Any:
+    from .data import read_records
+
+    return read_records(source)[:limit]
+
+
+def _effective(ctx: typer.Context, *configs: FitConfig | UnlearnConfig) -> dict[str, Any]:
+    """The options in force, as `--config` reads them."""
+    options = {key: value for key, value in ctx.params.items() if key not in _NOT_KEPT}
+    for config in configs:
+        options.update({f.name: getattr(config, f.name) for f in fields(config) if f.name in options})
+    plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    return plain
+
+
+def _keep(out: Path, options: Mapping[str, Any]) -> None:
+    from .storage import write_text
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.yaml", yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
+
+
+def _print(as_json: bool, values: Mapping[str, Any], *tables: Table) -> None:
+    """One JSON object, or tables."""
+    from .report import plain
+
+    if as_json:
+        print(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
+        return
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.markup import escape
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def _scores_table(columns: Mapping[str, Any]) -> Table:
+    """Scores as rows, evaluations as columns."""
+    from .report import METRICS
+
+    summaries = {name: evaluation.summary() for name, evaluation in columns.items()}
+    rows = [
+        [title, *(show(values[key]) if values[key] is not None else "–" for values in summaries.values())]
+        for key, title, show in METRICS
+        if any(values[key] is not None for values in summaries.values())
+    ]
+    return _table("Evaluation", ["", *summaries], rows)
+
+
+def _costs(progress: Any) -> list[dict[str, Any]]:
+    return [{**asdict(cost), "rate": cost.rate} for cost in progress.costs]
+
+
+# ---- commands
+
+
+@app.command()
+def fit(
+    ctx: typer.Context,
+    model: _Model,
+    retain: _Retain,
+    out: _Out,
+    curvature: _Curvature = _FIT.curvature,
+    fisher: _Fisher = _FIT.fisher,
+    modules: _Modules = _FIT.modules,
+    samples: _Samples = _FIT.samples,
+    seed: _Seed = _FIT.seed,
+    layers_per_pass: _LayersPerPass = _FIT.layers_per_pass,
+    autocast: _Autocast = _FIT.autocast,
+    chat: _Chat = None,
+    batch_size: _BatchSize = 8,
+    max_tokens: _MaxTokens = 512,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    limit: _Limit = None,
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Fit the curvature of a retain set and save it, for `unlearn --factors` and for other uses."""
+    from .data import make_batches
+    from .fit import fit as fit_curvature
+    from .models import check_model, load_model
+
+    options = _fit_options(ctx.params)
+    records = _records(retain, limit)
+    check_model(model, dtype, device)
+    _keep(out, _effective(ctx, options))
+    progress = _start(quiet)
+    with progress.stage("load the model"):
+        loaded, tokenizer = load_model(model, dtype, device)
+    batches = make_batches(tokenizer, records, chat=chat, batch_size=batch_size, max_tokens=max_tokens)
+    fitted = fit_curvature(loaded, batches, options, progress=progress)
+    with progress.stage("save"):
+        fitted.save(out)
+    values = {"command": "fit", "out": str(out), "layers": list(fitted), "records": len(records), "costs": _costs(progress)}
+    rows = [[c.name, f"{c.seconds:.1f} s", f"{c.rate:,.0f} {c.unit}s/s" if c.units else "–"] for c in progress.costs]
+    _print(as_json, values, _table(f"{curvature} of {len(fitted)} layers in {out}", ["stage", "time", "rate"], rows))
+
+
+@app.command()
+def unlearn(
+    ctx: typer.Context,
+    model: _Model,
+    forget: _Forget,
+    retain: _Retain,
+    out: _Out,
+    factors: Annotated[
+        Optional[Path],
+        typer.Option("--factors", metavar="DIR", help="Curvature saved by `kfade fit`, instead of a fit.", rich_help_panel=_CURVATURE),
+    ] = None,
+    curvature: _Curvature = _FIT.curvature,
+    fisher: _Fisher = _FIT.fisher,
+    modules: _Modules = _FIT.modules,
+    samples: _Samples = _FIT.samples,
+    seed: _Seed = _FIT.seed,
+    layers_per_pass: _LayersPerPass = _FIT.layers_per_pass,
+    autocast: _Autocast = _FIT.autocast,
+    damping: _Damping = _UNLEARN.damping,
+    damping_kind: _DampingKind = _UNLEARN.damping_kind,
+    steps: _Steps = _UNLEARN.steps,
+    kl_budget: _KlBudget = None,
+    step_size: _StepSize = _UNLEARN.step_size,
+    objective: _Objective = _UNLEARN.objective,
+    npo_beta: _NpoBeta = _UNLEARN.npo_beta,
+    retain_term: _RetainTerm = _UNLEARN.retain_term,
+    retain_weights: _RetainWeights = None,
+    refit_every: _RefitEvery = _UNLEARN.refit_every,
+    holdout: _Holdout = _UNLEARN.holdout,
+    trials: _Trials = _UNLEARN.trials,
+    chat: _Chat = None,
+    batch_size: _BatchSize = 8,
+    max_tokens: _MaxTokens = 512,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    limit: _Limit = None,
+    eval_forget: Annotated[
+        Optional[str], typer.Option("--eval-forget", help="Evaluate on this. [default: the forget set]", rich_help_panel="Evaluation")
+    ] = None,
+    eval_retain: Annotated[
+        Optional[str],
+        typer.Option("--eval-retain", help="Evaluate on this, best held out. [default: the retain set]", rich_help_panel="Evaluation"),
+    ] = None,
+    eval_limit: Annotated[
+        int, typer.Option("--eval-limit", min=1, help="Evaluate on at most so many records of each.", rich_help_panel="Evaluation")
+    ] = 64,
+    max_new_tokens: _MaxNew = 32,
+    save_model: Annotated[bool, typer.Option("--save-model/--no-save-model", help="Also write the changed model, to OUT/model.")] = False,
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Unlearn a forget set within a budget of retain KL; write the update and a report.
+
+    Writes update.safetensors, report.html, report.json and config.yaml into OUT.
+    """
+    from . import models
+    from .curvature import Curvature
+    from .data import make_batches
+    from .evaluate import compare
+    from .report import write_report
+    from .storage import check_curvature
+    from .unlearn import unlearn as find_update

