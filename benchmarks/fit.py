@@ -166,7 +166,7 @@ def accuracy(model: LlamaForCausalLM, data: list[dict[str, Tensor]], autocast: s
             for name, (q_in, q_out) in bases.items():
                 states[name].q_in, states[name].q_out = q_in.double(), q_out.double()
             collector = CorrectionCollector(states, layers, torch.float64, torch.device("cpu"))
-            run_fisher(exact_model, head, layers, batches, config, collector, lambda *_: collector.end_batch())
+            run_fisher(head, layers, batches, config, collector, lambda *_: collector.end_batch())
         return {name: state.lambda_sum for name, state in states.items()}
 
     sequences = sum(len(batch["input_ids"]) for batch in data)

@@ -12,7 +12,8 @@ backends off; it is read at every call, so that a doubtful result can be checked
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,16 @@ LIBRARY = torch.library.Library("kfade_kernels", "DEF")
 KILL_SWITCH = "KFADE_DISABLE"
 
 _operations: dict[str, Operation] = {}
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Within this block products keep the dtype of their operands, whatever the caller's autocast."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,9 @@ class Operation:
         return self.backends[-1], refused
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.choose(*arguments)[0].run(*arguments)
+        # Under a caller's autocast the products inside would be rounded to 16 bit.
+        with no_autocast():
+            return self.choose(*arguments)[0].run(*arguments)
 
 
 def declare(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import no_autocast
+
 
 def rotate(x: Tensor, q: Tensor, *, ones_column: bool = False) -> Tensor:
     """`x q`, or `[x, 1] q` with a column of ones.
@@ -22,14 +24,19 @@ def rotate(x: Tensor, q: Tensor, *, ones_column: bool = False) -> Tensor:
     A bfloat16 pair costs two 16-bit products; the part of x along large eigendirections that the
     rounding of `high` lets through is taken back by `low`.
     """
-    rows = q.shape[-2] - int(ones_column)
-    if q.ndim == 2:
+    with no_autocast():
+        if q.ndim == 3 and x.dtype == torch.bfloat16:
+            return _rotate_pair(x, q, ones_column)
+        if q.ndim == 3:
+            q = q[0].float().add_(q[1])
+        rows = q.shape[0] - int(ones_column)
         rotated = x.to(q.dtype) @ q[:rows]
         return rotated.add_(q[rows]) if ones_column else rotated
+
+
+def _rotate_pair(x: Tensor, q: Tensor, ones_column: bool) -> Tensor:
+    rows = q.shape[1] - int(ones_column)
     high, low = q.unbind(0)
-    if x.dtype != torch.bfloat16:
-        whole = high.float().add_(low)
-        return rotate(x, whole, ones_column=ones_column)
     rotated = (x @ high[:rows]).float().add_(x @ low[:rows])
     if ones_column:
         rotated.add_(high[rows]).add_(low[rows])

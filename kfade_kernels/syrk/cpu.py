@@ -34,7 +34,7 @@ def _add_ones_row(last_panel: Tensor, x: Tensor, alpha: float) -> None:
 
 
 def run(packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool) -> None:
-    x = x.reshape(-1, x.shape[-1])
+    x = x.flatten(0, -2)
     if mask is not None and not bool(mask.all()):
         x = x.index_select(0, mask.nonzero().squeeze(1))
     if x.shape[0] == 0:

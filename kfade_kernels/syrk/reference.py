@@ -18,7 +18,7 @@ def syrk(matrix: Tensor, x: Tensor, mask: Tensor | None, alpha: float, ones_colu
 
     A row whose mask is 0 is left out, whatever it holds (NaN too).
     """
-    x = x.reshape(-1, x.shape[-1])
+    x = x.flatten(0, -2)
     if mask is not None:
         x = x[mask]
     x = x.to(matrix.dtype)

@@ -3,7 +3,7 @@
 from .config import FitConfig, UnlearnConfig
 from .curvature import Curvature, LayerCurvature
 from .errors import DataError, KfadeError, NonFiniteError, StorageError, UnsupportedLayerError
-from .fit import fit
+from .fit import fit, sampled_labels
 from .layers import WeightAndBias
 from .progress import Progress
 from .unlearn import Step, UnlearnReport, unlearn
@@ -27,5 +27,6 @@ __all__ = [
     "Update",
     "WeightAndBias",
     "fit",
+    "sampled_labels",
     "unlearn",
 ]

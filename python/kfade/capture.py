@@ -72,7 +72,7 @@ def deterministic_mode(model: nn.Module) -> Iterator[None]:
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
             for name, value in vars(module).items():
-                if "dropout" in name and isinstance(value, float) and value:
+                if "drop" in name and isinstance(value, float) and value:
                     rates.append((module, name, value))
                     setattr(module, name, 0.0)
     try:
@@ -115,11 +115,15 @@ def trace(head: Head, layers: Sequence[Layer], example: Batch) -> list[Layer]:
     traced = []
     for layer in layers:
         inputs = seen[layer.name]
+        if not inputs:
+            raise UnsupportedLayerError(
+                f"layer {layer.name} cannot be handled: the model never calls it (its weight may be used by a function"
+                " that hooks do not see); leave it out of modules"
+            )
         for x in inputs:
             _token_rows(layer.name, x, short)
         key = (*(id(x) for x in inputs), int(layer.has_bias))
-        group = leaders.setdefault(key, layer.name) if inputs else layer.name
-        traced.append(replace(layer, group=group, calls=max(1, len(inputs))))
+        traced.append(replace(layer, group=leaders.setdefault(key, layer.name), calls=len(inputs)))
     return traced
 
 
@@ -132,6 +136,24 @@ def _token_rows(name: str, x: Tensor, batch: Batch) -> Tensor:
             " so its rows are not the batch's tokens (routed experts?); leave it out of modules"
         )
     return x.reshape(size, tokens, x.shape[-1])
+
+
+def start_graph(output: Tensor) -> Tensor:
+    """`output`, from which on autograd records; adding a zero makes it no leaf, so that it may be changed in place."""
+    return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+
+
+@contextmanager
+def graph_from_embeddings(model: nn.Module) -> Iterator[None]:
+    """Record from the embeddings on: a reentrant checkpoint is differentiated only if its input is."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                handle = module.register_forward_hook(
+                    lambda _m, _a, output: start_graph(output) if torch.is_grad_enabled() else None
+                )
+                stack.callback(handle.remove)
+        yield
 
 
 class Capture:
@@ -150,7 +172,7 @@ class Capture:
         self._consume = consume
         self._batch: Batch | None = None
         self._waiting: dict[str, list[Pair]] = {}
-        self._inputs: dict[str, list[Tensor]] = {}
+        self._delivered: set[str] = set()
 
     def _on_forward(self, layer: Layer, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         batch = self._batch
@@ -158,12 +180,15 @@ class Capture:
             return None
         a = _module_input(args, kwargs).detach()
         if not output.requires_grad:
-            # The first tracked layer starts the graph; adding a zero leaves the output a non-leaf.
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            output = start_graph(output)
+        elif output._is_view():
+            # An in-place operation on a view (an activation, say) would drop its hook.
+            output = output.clone()
         dtype = output.dtype
 
         def arrived(g: Tensor) -> None:
             a_rows, g_rows = (_token_rows(layer.name, x, batch) for x in (a, g))
+            self._delivered.add(layer.name)
             pairs = self._waiting.setdefault(layer.name, [])
             pairs.append(Pair(layer, a_rows, g_rows, dtype))
             if layer.calls == 1:
@@ -190,3 +215,12 @@ class Capture:
             pairs = self._waiting.pop(layer.name, None)
             if pairs:
                 self._consume(layer, pairs, batch)
+
+    def require_all(self) -> None:
+        """After a pass: raise UnsupportedLayerError for a layer whose output gradients never came."""
+        missing = [layer.name for layer in self._layers if layer.name not in self._delivered]
+        if missing:
+            raise UnsupportedLayerError(
+                f"layer {missing[0]} cannot be handled: no gradient of its output ever arrived (it does not reach the"
+                " loss, or a checkpoint hides it: use the non-reentrant kind); leave it out of modules"
+            )

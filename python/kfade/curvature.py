@@ -8,6 +8,7 @@ the diagonal approximation measures it in the parameters' own basis, and identit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,11 @@ from .config import DAMPINGS, FitConfig
 from .layers import WeightAndBias
 
 _State = TypeVar("_State", Tensor, PackedSymmetric)
+
+
+def _check_damping(value: float) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"damping is {value}; it must be finite and at least 0")
 
 
 @dataclass
@@ -110,9 +116,11 @@ class LayerCurvature:
             raise ValueError(
                 f"the gradient of {self.name} has shape {list(matrix.shape)}; it must be {[self.d_out, self.width_in]}"
             )
+        _check_damping(damping)
         if self.q_out is None or self.q_in is None:
-            values = self.eigenvalues().to(matrix.device)
-            return matrix.to(values.dtype) / (values + damping)
+            if self.lambda_sum is None:
+                return matrix / (1 + damping)
+            return matrix.to(self.lambda_sum.dtype) / (self.eigenvalues() + damping)
         if self.lambda_sum is not None:
             return kron_solve(matrix, self.q_out, self.q_in, self.eigenvalues(), damping)
         return kron_solve(
@@ -127,6 +135,8 @@ class LayerCurvature:
         """`leftᵀ F right` for two matrices `[d_out, d_in (+ 1)]`."""
         if self.q_out is not None and self.q_in is not None:
             left, right = (self.q_out.T @ m.to(self.q_out.dtype) @ self.q_in for m in (left, right))
+        if self.q_out is None and self.lambda_sum is None:
+            return float((left * right).sum(dtype=torch.float64))
         return float((left * right * self.eigenvalues()).sum(dtype=torch.float64))
 
     def join(self, value: Tensor | Sequence[Tensor]) -> Tensor:
@@ -194,6 +204,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         """
         if kind not in DAMPINGS:
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(DAMPINGS)}")
+        _check_damping(damping)
         unknown = sorted(set(gradients) - set(self.layers))
         if unknown:
             raise ValueError(f"gradients has unknown layers {unknown}; the curvature has {sorted(self.layers)}")

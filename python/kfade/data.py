@@ -246,7 +246,8 @@ def make_batches(
             tokenizer).
 
     Raises:
-        ValueError: `loss_on` is neither, `batch_size` or `max_tokens` is less than 1 (2 for tokens), or `chat` is impossible.
+        ValueError: `loss_on` is neither, `batch_size` or `max_tokens` is less than 1 (2 for tokens),
+            or `chat` is impossible.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")

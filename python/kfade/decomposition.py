@@ -6,6 +6,8 @@ import torch
 from kfade_kernels import PackedSymmetric
 from torch import Tensor
 
+from .errors import NonFiniteError
+
 # Residual ‖AQ − QΛ‖ / ‖A‖ and ‖QᵀQ − I‖ / √n, in units of the dtype's rounding, beyond which float32 is retried.
 ROUNDINGS = 1_000.0
 
@@ -28,8 +30,11 @@ def decompose(total: PackedSymmetric, count: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         RuntimeError: float64 failed as well.
+        NonFiniteError: the factor holds a NaN or an infinity.
     """
     dense = total.to_dense().div_(max(1, count))
+    if not bool(torch.isfinite(dense).all()):
+        raise NonFiniteError(f"a factor of order {total.n} has a NaN or infinite entry: its sum overflowed")
     try:
         values, vectors = torch.linalg.eigh(dense)
         if _is_accurate(dense, values, vectors):

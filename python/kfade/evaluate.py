@@ -118,7 +118,7 @@ def exact_match(reply: str, record: Record) -> bool:
 
 
 def rouge_l(expected: str, reply: str) -> tuple[float, float]:
-    """Recall and F1 of the longest common subsequence of words (`\\w+`, lower case); Lin 2004.
+    r"""Recall and F1 of the longest common subsequence of words (`\w+`, lower case); Lin 2004.
 
     0 where either has no word.
     """
@@ -195,7 +195,7 @@ class _Divergence:
             theirs = self._logits(reference[start : start + step].to(rows.device), self._theirs)
             if ours.shape != theirs.shape:
                 raise ValueError(
-                    f"the reference has a vocabulary of {theirs.shape[1]} and the model of {ours.shape[1]}; they must be equal"
+                    f"the reference has a vocabulary of {theirs.shape[1]} and the model of {ours.shape[1]}"
                 )
             total += float(self._of_logits.kl(ours, theirs.to(ours.dtype), gradient=False)[0].sum())
         return total
@@ -378,3 +378,51 @@ def evaluate(
         "rouge_l_f1": sum(f1 for _, f1 in rouge) / len(rouge),
     }
     return Evaluation(**{**asdict(result), **values}), replies
+
+
+# ---- several data sets at once
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Scores and replies by name of the data set."""
+
+    evaluations: dict[str, Evaluation]
+    replies: dict[str, list[Generation]]
+
+
+def survey_references(
+    model: nn.Module,
+    tokenizer: Any,
+    sets: Mapping[str, Sequence[Record]],
+    *,
+    chat: bool | None = None,
+    batch_size: int = 8,
+    max_tokens: int = 512,
+) -> dict[str, References]:
+    """`references` of each data set; arguments as `survey`."""
+    options: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "max_tokens": max_tokens}
+    return {name: references(model, make_batches(tokenizer, records, **options)) for name, records in sets.items()}
+
+
+def survey(
+    model: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Sequence[Record]],
+    reference: Mapping[str, References] | None = None,
+    **options: Any,
+) -> Survey:
+    """`evaluate` on each data set.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        sets: records by name.
+        reference: as `survey_references` gives it, with the same batch options.
+        options: as `evaluate` takes them.
+    """
+    found = {
+        name: evaluate(model, tokenizer, records, reference=(reference or {}).get(name), **options)
+        for name, records in sets.items()
+    }
+    return Survey({name: e for name, (e, _) in found.items()}, {name: g for name, (_, g) in found.items()})

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, Pair, deterministic_mode, frozen, trace
+from .capture import Capture, Pair, deterministic_mode, frozen, graph_from_embeddings, trace
 from .config import FitConfig
 from .correction import CorrectionCollector
 from .curvature import Curvature, LayerCurvature
 from .decomposition import decompose
 from .factors import FactorCollector
 from .layers import Layer, select
-from .loss import Batch, Head, autocast, check_batch, require_finite
+from .loss import IGNORE_INDEX, Batch, Head, check_batch, require_finite
 from .progress import Progress
 
 
@@ -63,25 +62,7 @@ def _passes(layers: Sequence[Layer], at_most: int | None) -> list[list[Layer]]:
     return passes
 
 
-@contextmanager
-def _graph_from_embeddings(model: nn.Module) -> Iterator[None]:
-    """With reentrant checkpointing the embeddings must start the graph, as nothing inside can."""
-    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if not checkpointed or embeddings is None:
-        yield
-        return
-    handle = embeddings.register_forward_hook(
-        lambda _m, _a, output: output.requires_grad_() if torch.is_grad_enabled() else output
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def run_fisher(
-    model: nn.Module,
     head: Head,
     layers: Sequence[Layer],
     batches: Sequence[Batch],
@@ -94,9 +75,8 @@ def run_fisher(
     `after(batch, sample)` is called when all pairs of that batch and label sample were delivered.
     """
     capture = Capture(head, layers, consume)
-    device = device_of(model)
     for batch in batches:
-        with autocast(config.autocast, device), capture.running(batch) as rows:
+        with capture.running(batch) as rows:
             for sample in range(config.samples):
                 if config.fisher == "sampled":
                     _, grad, nll = head.sampled(rows, batch, config.seed, sample)
@@ -106,6 +86,7 @@ def run_fisher(
                 rows.backward(grad, retain_graph=sample + 1 < config.samples)
                 capture.flush(batch)
                 after(batch, sample)
+    capture.require_all()
 
 
 def _fit_layers(
@@ -138,7 +119,7 @@ def _fit_layers(
                 if sample == 0:
                     stage.advance(batch.tokens)
 
-            run_fisher(model, head, layers, batches, config, factors, next_sample)
+            run_fisher(head, layers, batches, config, factors, next_sample)
         factors.finish()
         with progress.stage(
             f"eigendecomposition{suffix}", len(layers) + sum(x.leads for x in layers), "factor"
@@ -163,7 +144,7 @@ def _fit_layers(
                 if sample == 0:
                     stage.advance(batch.tokens)
 
-            run_fisher(model, head, layers, batches, config, correction, after)
+            run_fisher(head, layers, batches, config, correction, after)
     return states
 
 
@@ -198,13 +179,33 @@ def fit(
     checked = check_batches(batches, device_of(model))
     tracked = {module for layer in layers for module in layer.modules}
     states: dict[str, LayerCurvature] = {}
-    with deterministic_mode(model), frozen(model), _graph_from_embeddings(model):
-        with autocast(config.autocast, device_of(model)):
-            head = Head(model, checked[0], tracked)
-            layers = trace(head, layers, checked[0])
+    with deterministic_mode(model), frozen(model), graph_from_embeddings(model):
+        head = Head(model, checked[0], tracked, config.autocast)
+        layers = trace(head, layers, checked[0])
         passes = _passes(layers, config.layers_per_pass)
         for number, part in enumerate(passes, 1):
             suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
             states.update(_fit_layers(model, head, part, checked, config, progress, suffix))
     ordered = {layer.name: states[layer.name] for layer in layers}
     return Curvature(replace(config), model_id(model), ordered)
+
+
+def sampled_labels(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], config: FitConfig | None = None, sample: int = 0
+) -> list[Tensor]:
+    """The labels that `fit` draws for the sampled Fisher: int64 `[B, T]` a batch, -100 where there is no loss.
+
+    Aligned with `input_ids` like ordinary labels, so that another library can be given the same ones.
+    """
+    config = config or FitConfig()
+    checked = check_batches(batches, device_of(model))
+    result = []
+    with deterministic_mode(model), torch.no_grad():
+        tracked = {module for layer in select(model, config.modules) for module in layer.modules}
+        head = Head(model, checked[0], tracked, config.autocast)
+        for batch in checked:
+            labels = torch.full_like(batch.labels, IGNORE_INDEX)
+            drawn, _, _ = head.sampled(head.rows(batch), batch, config.seed, sample)
+            labels[:, 1:][batch.loss_mask[:, :-1]] = drawn
+            result.append(labels)
+    return result

