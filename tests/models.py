@@ -52,8 +52,15 @@ _KINDS: dict[str, tuple[Callable[..., Any], Callable[..., nn.Module], dict[str, 
     "opt": (
         OPTConfig,
         OPTForCausalLM,
-        {**_COMMON, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+        {
+            **_COMMON,
+            "hidden_size": 16,
+            "ffn_dim": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 64,
+        },
     ),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, _GEMMA),
 }

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from . import __version__
 from .config import FitConfig, UnlearnConfig, fit_config, unlearn_config
 from .errors import KfadeError
 
@@ -54,6 +55,21 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the `kfade` command."""
     app()
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"kfade {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 # ---- options that mean the same everywhere
@@ -132,9 +148,17 @@ _Chat = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
-_BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences a batch.", rich_help_panel=_DATA)]
+_BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a batch.", rich_help_panel=_DATA)]
+_LossOn = Annotated[
+    str,
+    typer.Option(
+        "--loss-on",
+        help="What of a forget record is unlearned: its response, or only the short answer inside it.",
+        rich_help_panel=_DATA,
+    ),
+]
 _MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", help="Tokens a sequence; the rest is cut.", rich_help_panel=_DATA)
+    int, typer.Option("--max-tokens", min=2, help="Tokens a sequence; the rest is cut.", rich_help_panel=_DATA)
 ]
 _Dtype = Annotated[
     str, typer.Option("--dtype", help="Of the weights: float32, float64, bfloat16 or float16.", rich_help_panel=_DATA)
@@ -146,7 +170,9 @@ _Limit = Annotated[
 ]
 _MaxNew = Annotated[
     int,
-    typer.Option("--max-new-tokens", help="Tokens of a greedy reply; 0 asks for no replies.", rich_help_panel=_DATA),
+    typer.Option(
+        "--max-new-tokens", min=0, help="Tokens of a greedy reply; 0 asks for no replies.", rich_help_panel=_DATA
+    ),
 ]
 
 _CURVATURE = "Curvature"
@@ -215,14 +241,9 @@ _RetainTerm = Annotated[
         rich_help_panel=_STEP,
     ),
 ]
-_RetainWeights = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--retain-weights",
-        help="Weights tried for it; give the option several times.",
-        show_default=" ".join(f"{weight:g}" for weight in _UNLEARN.retain_weights),
-        rich_help_panel=_STEP,
-    ),
+_RetainWeight = Annotated[
+    float,
+    typer.Option("--retain-weight", help="Largest weight tried for it; the search goes down.", rich_help_panel=_STEP),
 ]
 _RefitEvery = Annotated[
     int,
@@ -242,7 +263,6 @@ def _fit_options(options: Mapping[str, Any]) -> FitConfig:
 
 def _unlearn_options(options: Mapping[str, Any]) -> UnlearnConfig:
     values = {f.name: options[f.name] for f in fields(UnlearnConfig) if f.name != "fit"}
-    values["retain_weights"] = values["retain_weights"] or _UNLEARN.retain_weights
     if values["step_size"] is None and values["kl_budget"] is None:
         values["kl_budget"] = _UNLEARN.kl_budget
     return unlearn_config({**values, "fit": _fit_options(options)})
@@ -273,7 +293,7 @@ def _effective(ctx: typer.Context, *configs: FitConfig | UnlearnConfig) -> dict[
     options = {key: value for key, value in ctx.params.items() if key not in _NOT_KEPT}
     for config in configs:
         options.update({f.name: getattr(config, f.name) for f in fields(config) if f.name in options})
-    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
 
 
 def _keep(out: Path, options: Mapping[str, Any]) -> None:
@@ -328,7 +348,7 @@ def _steps_table(report: Any) -> Table:
         [
             f"{s.number}" if s.accepted else f"{s.number} (rolled back)",
             f"{s.eta:.3g}",
-            *(f"{kl:.4f}" for kl in (s.predicted_kl, s.measured_kl)),
+            *(f"{kl:.3g}" for kl in (s.predicted_kl, s.measured_kl)),
             *(f"{nll:.3f}" for nll in (s.forget_nll, s.retain_nll)),
         ]
         for s in report.steps
@@ -431,12 +451,13 @@ def unlearn(
     objective: _Objective = _UNLEARN.objective,
     npo_beta: _NpoBeta = _UNLEARN.npo_beta,
     retain_term: _RetainTerm = _UNLEARN.retain_term,
-    retain_weights: _RetainWeights = None,
+    retain_weight: _RetainWeight = _UNLEARN.retain_weight,
     refit_every: _RefitEvery = _UNLEARN.refit_every,
     holdout: _Holdout = _UNLEARN.holdout,
     trials: _Trials = _UNLEARN.trials,
     chat: _Chat = None,
     batch_size: _BatchSize = 8,
+    loss_on: _LossOn = "response",
     max_tokens: _MaxTokens = 512,
     dtype: _Dtype = "float32",
     device: _Device = "cpu",
@@ -477,13 +498,14 @@ def unlearn(
     """
     from . import models
     from .curvature import Curvature
-    from .data import make_batches
+    from .data import check_loss_on, make_batches
     from .evaluate import survey, survey_references
     from .report import Comparison, spread, to_json, write_report
     from .storage import MANIFEST, read_json
     from .unlearn import unlearn as find_update
 
     options = _unlearn_options(ctx.params)
+    check_loss_on(loss_on)
     forget_records, retain_records = _records(forget, limit), _records(retain, limit)
     sets = {
         "Forget": _records(eval_forget or forget, limit)[:eval_limit],
@@ -501,7 +523,7 @@ def unlearn(
         loaded, tokenizer = models.load_model(model, dtype, device)
     fitted = Curvature.load(factors, loaded) if factors is not None else None
     batching: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "max_tokens": max_tokens}
-    forget_batches = make_batches(tokenizer, forget_records, **batching)
+    forget_batches = make_batches(tokenizer, forget_records, **batching, loss_on=loss_on)
     retain_batches = make_batches(tokenizer, retain_records, **batching)
     with progress.stage("evaluation, before"):
         references = survey_references(loaded, tokenizer, sets, **batching)
@@ -649,7 +671,7 @@ def demo(
 ) -> None:
     """Make a small chat model forget the world's capitals, and show before and after.
 
-    Needs about 3 GB of memory and a few minutes on two cores; downloads nothing.
+    Needs about 4 GB of memory and a few minutes on two cores; downloads nothing.
     """
     from . import demo as demonstration
 

@@ -92,10 +92,10 @@ class UnlearnConfig:
             weighted by how much of it is still remembered.
         npo_beta: inverse temperature of the bounded objective.
         retain_term: from the second step on, put the gradient of the retain KL into the solve.
-        retain_weights: weights c that are tried for it at each step.
+        retain_weight: largest weight c that is tried for it; the search goes down from there.
         refit_every: refit the curvature every so many steps; 0 never.
         holdout: share of the retain sequences kept out of the fit, on which KL is measured.
-        trials: at most so many measurements of KL for one step size.
+        trials: at most so many measurements of KL for one step size, and for one weight c.
     """
 
     fit: FitConfig = field(default_factory=FitConfig)
@@ -107,7 +107,7 @@ class UnlearnConfig:
     objective: str = "cross_entropy"
     npo_beta: float = 0.1
     retain_term: bool = True
-    retain_weights: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    retain_weight: float = 0.1
     refit_every: int = 0
     holdout: float = 0.2
     trials: int = 8
@@ -128,8 +128,7 @@ class UnlearnConfig:
         if self.step_size is not None:
             _number("step_size", self.step_size, above=0.0)
         _number("npo_beta", self.npo_beta, above=0.0)
-        for i, weight in enumerate(self.retain_weights):
-            _number(f"retain_weights[{i}]", weight, above=0.0)
+        _number("retain_weight", self.retain_weight, above=0.0)
         _integer("refit_every", self.refit_every, 0)
         _number("holdout", self.holdout, above=0.0)
         if self.holdout >= 1:
@@ -139,10 +138,7 @@ class UnlearnConfig:
 
 def to_dict(config: FitConfig | UnlearnConfig) -> dict[str, Any]:
     """The fields as plain JSON/YAML values, nested."""
-    values = asdict(config)
-    if "retain_weights" in values:
-        values["retain_weights"] = list(values["retain_weights"])
-    return values
+    return asdict(config)
 
 
 def _known(kind: type, values: Mapping[str, Any], where: str) -> None:
@@ -164,6 +160,4 @@ def unlearn_config(values: Mapping[str, Any], where: str = "config") -> UnlearnC
     known = dict(values)
     if "fit" in known and not isinstance(known["fit"], FitConfig):
         known["fit"] = fit_config(known["fit"], f"{where}.fit")
-    if "retain_weights" in known:
-        known["retain_weights"] = tuple(known["retain_weights"])
     return UnlearnConfig(**known)

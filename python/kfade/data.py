@@ -225,6 +225,12 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
+def check_loss_on(value: str) -> None:
+    """Raise ValueError unless `value` is one of `LOSSES`."""
+    if value not in LOSSES:
+        raise ValueError(f"loss_on is {value!r}; it must be one of {', '.join(LOSSES)}")
+
+
 def make_batches(
     tokenizer: Any,
     records: Sequence[Record],
@@ -253,8 +259,7 @@ def make_batches(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if max_tokens < 2:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 2")
-    if loss_on not in LOSSES:
-        raise ValueError(f"loss_on is {loss_on!r}; it must be one of {', '.join(LOSSES)}")
+    check_loss_on(loss_on)
     rendered = uses_chat(tokenizer, chat)
     encoded = [encode(tokenizer, r, chat=rendered, max_tokens=max_tokens, loss_on=loss_on) for r in records]
     encoded.sort(key=lambda pair: -len(pair[0]))

@@ -15,7 +15,7 @@ from .report import Comparison, spread, write_report
 from .unlearn import UnlearnReport, unlearn
 from .update import Update
 
-CONFIG = UnlearnConfig(FitConfig(modules="mlp"), damping=0.1, damping_kind="relative", steps=3, kl_budget=0.03)
+CONFIG = UnlearnConfig(FitConfig(modules="mlp"), damping=0.1, damping_kind="relative", steps=2, kl_budget=0.002)
 DATA = Path(__file__).parent / "data" / "demo"
 NEW_TOKENS = 16
 BATCH = 32
@@ -149,7 +149,9 @@ def run(
         original = references(loaded, measured["retain"])
 
     retain = batches(data.retain, FIT_BATCH) + batches(data.text, FIT_BATCH)
-    update = unlearn(loaded, batches(forget, FIT_BATCH), retain, config, progress=progress)
+    # Only the city carries loss, so that what is lost is the fact and not how a sentence is made.
+    cities = make_batches(tokenizer, forget, batch_size=FIT_BATCH, loss_on="answer")
+    update = unlearn(loaded, cities, retain, config, progress=progress)
     report: UnlearnReport = update.report
     update.save(out)
     update.apply_(loaded)

@@ -50,7 +50,8 @@ class Evaluation:
         records: how many.
         tokens: loss positions.
         nll: mean negative log-likelihood, nats a token.
-        answer_probability: `exp(−mean NLL of the response's tokens)` a record, averaged (as in ToFU).
+        answer_probability: `exp(−mean NLL of the response's tokens)` a record with a prompt, averaged
+            (as in ToFU; the marker that ends a response counts as one of its tokens).
         answer_found: share of replies that contain the answer.
         exact_match: share of replies that are the answer and nothing else.
         rouge_l_recall, rouge_l_f1: of replies against the expected responses, averaged.
@@ -60,7 +61,7 @@ class Evaluation:
     records: int
     tokens: int
     nll: float
-    answer_probability: float
+    answer_probability: float | None = None
     answer_found: float | None = None
     exact_match: float | None = None
     rouge_l_recall: float | None = None
@@ -215,7 +216,7 @@ def scores(
     if reference is not None and len(reference.rows) != len(checked):
         raise ValueError(f"the reference has {len(reference.rows)} batches and the data {len(checked)}: other data")
     nll = divergence = probability = 0.0
-    tokens = records = 0
+    tokens = records = answers = 0
     with deterministic_mode(model):
         head = Head(model, checked[0])
         kl = _Divergence(model, head, checked[0], reference) if reference is not None else None
@@ -224,15 +225,15 @@ def scores(
             losses = head.labelled(rows, batch)[2]
             require_finite(losses, batch, "the loss")
             sums, counts = _per_sequence(losses, batch)
-            some = counts > 0
             nll += float(sums.sum())
-            probability += float((-sums[some] / counts[some]).exp().sum())
-            tokens, records = tokens + int(counts.sum()), records + int(some.sum())
+            tokens, records = tokens + int(counts.sum()), records + int((counts > 0).sum())
+            answered = (counts > 0) & (counts < batch.attention.sum(1) - 1)  # plain text has loss everywhere
+            probability += float((-sums[answered] / counts[answered]).exp().sum())
+            answers += int(answered.sum())
             if kl is not None and reference is not None:
                 divergence += kl(rows, reference.rows[number])
-    return Evaluation(
-        records, tokens, nll / tokens, probability / records, kl=None if kl is None else divergence / tokens
-    )
+    mean_probability = probability / answers if answers else None
+    return Evaluation(records, tokens, nll / tokens, mean_probability, kl=None if kl is None else divergence / tokens)
 
 
 # ---- generation

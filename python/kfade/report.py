@@ -114,6 +114,10 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def _short_percent(value: float | None) -> str:
+    return _percent(value).replace(".0 %", " %")
+
+
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {int(value % 60)} s"
 
@@ -184,11 +188,9 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [value if math.isfinite(value) else math.nan for value in values]
 
 
-def _whole_steps(axes: Any, last: int, first: int = 0) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.set_xlim(first - 0.25, last + 0.25)
+def _whole_steps(axes: Any, last: int) -> None:
+    axes.set_xticks(range(0, last + 1, 1 + last // 12))
+    axes.set_xlim(-0.25, last + 0.25)
     axes.set_xlabel("step")
 
 
@@ -207,17 +209,17 @@ def _draw_losses(axes: Any, report: UnlearnReport) -> None:
 
 
 def _draw_kl(axes: Any, report: UnlearnReport) -> None:
-    numbers = [step.number for step in report.steps]
-    budget, total = report.config.get("kl_budget"), report.config.get("steps", len(numbers))
+    numbers = [0, *(step.number for step in report.steps)]
+    budget, total = report.config.get("kl_budget"), report.config.get("steps", len(report.steps))
     if budget is not None:
         axes.plot(
             numbers, [budget * n / total for n in numbers], color=GREY, linestyle="--", linewidth=1.4, label="budget"
         )
-    measured = _finite([step.measured_kl for step in report.steps])
-    predicted = _finite([step.predicted_kl for step in report.steps])
+    measured = _finite([0.0, *(step.measured_kl for step in report.steps)])
+    predicted = _finite([0.0, *(step.predicted_kl for step in report.steps)])
     axes.plot(numbers, measured, color=BLUE, marker="s", label="measured", clip_on=False)
     axes.plot(numbers, predicted, color=ORANGE, marker="o", label="predicted ½ΔᵀFΔ", clip_on=False)
-    _whole_steps(axes, numbers[-1], 1)
+    _whole_steps(axes, numbers[-1])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("retain KL (nats/token)")
     axes.legend(loc="best")
@@ -288,7 +290,7 @@ p { margin:.4em 0; max-width:75ch; } .soft { color:var(--soft); }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(195px,1fr)); gap:14px; }
 .tile { border:1px solid var(--line); border-radius:8px; padding:13px 16px; }
 .tile .name { color:var(--soft); font-size:14px; }
-.tile .value { font-size:23px; font-weight:650; line-height:1.3; font-variant-numeric:tabular-nums;
+.tile .value { font-size:21px; font-weight:650; line-height:1.3; font-variant-numeric:tabular-nums;
   overflow-wrap:anywhere; } .tile .value span { display:inline-block; }
 .tile .note { color:var(--soft); font-size:13px; line-height:1.35; }
 .arrow { color:var(--soft); font-weight:400; padding:0 .12em; }
@@ -303,7 +305,7 @@ th, td { text-align:left; padding:7px 12px; border-bottom:1px solid var(--line);
 thead th { color:var(--soft); font-weight:600; border-bottom:2px solid var(--line); white-space:nowrap; }
 td.n, th.n { text-align:right; white-space:nowrap; } tbody th { font-weight:600; }
 tr.group th { background:var(--wash); padding-top:9px; }
-.warn { border-left:4px solid var(--bad); background:#fdf3ec; padding:10px 16px; margin:10px 0;
+.warn { border-left:4px solid var(--bad); background:#fdf3ec; padding:10px 16px; margin:16px 0;
   border-radius:0 6px 6px 0; }
 .example { border:1px solid var(--line); border-radius:8px; margin:12px 0; break-inside:avoid; overflow:hidden; }
 .example .ask { background:var(--wash); padding:9px 16px; border-bottom:1px solid var(--line); overflow-wrap:anywhere; }
@@ -341,11 +343,15 @@ def _tiles(report: UnlearnReport, comparisons: Sequence[Comparison]) -> str:
     nll = last.forget_nll if last else report.forget_nll
     retain = last.retain_nll if last else report.retain_nll
     tiles = [
-        _tile(f"{c.name}: answer found", _change(_percent(c.before.answer_found), _percent(c.after.answer_found)))
+        _tile(
+            c.name,
+            _change(_short_percent(c.before.answer_found), _short_percent(c.after.answer_found)),
+            "of the replies hold the answer",
+        )
         for c in comparisons
         if c.before.answer_found is not None
     ]
-    tiles.append(_tile("Forget NLL", _change(_number(report.forget_nll, 2), _number(nll, 2)), "nats a token"))
+    tiles.append(_tile("Forget NLL", _change(_number(report.forget_nll), _number(nll)), "nats a token to unlearn"))
     budget = report.config.get("kl_budget")
     tiles.append(
         _tile(
@@ -358,9 +364,9 @@ def _tiles(report: UnlearnReport, comparisons: Sequence[Comparison]) -> str:
         _tile("Retain NLL, held out", _change(_number(report.retain_nll, 3), _number(retain, 3)), "nats a token")
     )
     tiles += [
-        _tile(f"{c.name}: perplexity", _change(_number(c.before.perplexity, 2), _number(c.after.perplexity, 2)))
+        _tile(c.name, _change(_number(c.before.perplexity, 2), _number(c.after.perplexity, 2)), "perplexity")
         for c in comparisons
-        if c.before.answer_found is None
+        if c.before.answer_probability is None
     ]
     if report.costs:
         peak = max(cost.peak_bytes for cost in report.costs)
@@ -445,7 +451,7 @@ def _steps(report: UnlearnReport) -> str:
         cells = _cells(
             [
                 _number(step.eta, 4),
-                f"{step.retain_weight:g}",
+                f"{step.retain_weight:.3g}",
                 _number(step.predicted_kl, 4),
                 _number(step.measured_kl, 4),
                 _number(step.forget_nll),
@@ -485,7 +491,8 @@ def _examples(examples: Sequence[Example]) -> str:
     blocks = [
         f'<div class="example"><div class="ask"><span class="tag">{escape(example.name)}</span>'
         f"{escape(example.before.prompt)}{_expected(example)}</div><div class=pair>"
-        f"{_reply('before', example.before, example.judged)}{_reply('after', example.after, example.judged)}</div></div>"
+        f"{_reply('before', example.before, example.judged)}"
+        f"{_reply('after', example.after, example.judged)}</div></div>"
         for example in examples
     ]
     return (

@@ -5,8 +5,8 @@ One step from the accumulated change Δ is
     Δ ← Δ + (F + λI)⁻¹ (η ∇L_forget − c ∇KL_retain)
 
 with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568), the
-second gradient from the second step on. The weight c is the one whose step lowers the KL to the
-original model most, as measured on held-out retain sequences; η is then the largest whose measured
+second gradient from the second step on. The weight c is one whose step lowers the KL to the original
+model most, as measured on held-out retain sequences; η is then the largest whose measured
 KL stays within the step's share of the budget. The quadratic prediction `½ Δᵀ F Δ` only says where
 the search begins: steps of merely predicted size diverge.
 """
@@ -429,24 +429,39 @@ class _Stepper:
             solved[name] = layer.solve(matrix, damping).to(self.run.dtype)
         return solved
 
-    def _directions(self, number: int) -> tuple[Matrices, Matrices | None]:
-        """The solved forget gradient, and from the second step on the solved gradient of the retain KL."""
+    def _directions(self, number: int) -> tuple[Matrices, Matrices | None, float]:
+        """The solved forget gradient; from the second step on that of the retain KL, and how fast it lowers it."""
         pulls = number > 1 and self._uses_pull
         tokens = self._tokens["forget"] + pulls * self._tokens["fitted"]
         with self.progress.stage(f"step {number}: gradients", tokens) as stage:
             gradient, _ = self.run.forget_gradient(self.forget, self._start, stage)
-            pull = self._solve(self.run.kl_gradient(self.fitted, self._fitted_rows, stage)) if pulls else None
-            return self._solve(gradient), pull
+            if not pulls:
+                return self._solve(gradient), None, 0.0
+            rise = self.run.kl_gradient(self.fitted, self._fitted_rows, stage)
+            pull = self._solve(rise)
+            return self._solve(gradient), pull, sum(float((rise[name] * pull[name]).sum()) for name in rise)
 
-    def _retain_weight(self, pull: Matrices, stage: Stage) -> tuple[float, float]:
-        """The weight c whose step `−c·pull` lowers the measured KL most, and that KL; 0 if none does."""
-        best, lowest = 0.0, self._kl
-        for weight in sorted(self.config.retain_weights):
+    def _retain_weight(self, pull: Matrices, slope: float, stage: Stage) -> tuple[float, float]:
+        """The weight c whose step `−c·pull` lowers the measured KL most, and that KL; 0 if none does.
+
+        The search goes down from the largest weight. Each next one is the minimum of the parabola
+        through the KL before, its known slope there, and the last measurement, at most halved and at
+        most divided by thirty.
+
+        Args:
+            pull: the solved gradient of the retain KL.
+            slope: fall of the KL for each unit of c, at 0.
+        """
+        best, lowest, weight = 0.0, self._kl, self.config.retain_weight
+        for _ in range(self.config.trials):
             kl = self._measure(_combine((1.0, self.change), (-weight, pull)), stage)
             if kl < lowest:
                 best, lowest = weight, kl
             elif best > 0:
                 break
+            bend = (kl - self._kl + slope * weight) / weight**2 if math.isfinite(kl) else math.inf
+            minimum = slope / (2 * bend) if bend > 0 else 0.0
+            weight = min(weight / 2, max(weight / 30, minimum))
         return best, lowest
 
     def _step_size(
@@ -473,11 +488,11 @@ class _Stepper:
         refit = self.config.refit_every > 0 and number > 1 and (number - 1) % self.config.refit_every == 0
         if self.curvature is None or refit:
             self.curvature = fit(self.run.model, _as_batches(self.fitted), self.config.fit, progress=self.progress)
-        direction, pull = self._directions(number)
+        direction, pull, slope = self._directions(number)
         with self.progress.stage(f"step {number}: search") as stage:
             base, weight, at_zero = self.change, 0.0, self._kl
             if pull is not None:
-                weight, at_zero = self._retain_weight(pull, stage)
+                weight, at_zero = self._retain_weight(pull, slope, stage)
                 base = _combine((1.0, self.change), (-weight, pull))
             predicted = _Quadratic(self.curvature, base, direction)
 

@@ -23,9 +23,7 @@ def state(dtype: torch.dtype) -> torch.dtype:
 @pytest.mark.parametrize("ones", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "d_out", "d_in"), SHAPES)
-def test_agrees_with_float64(
-    backend: str, tokens: int, d_out: int, d_in: int, dtype: torch.dtype, ones: bool
-) -> None:
+def test_agrees_with_float64(backend: str, tokens: int, d_out: int, d_in: int, dtype: torch.dtype, ones: bool) -> None:
     g, a = torch.randn(3, tokens, d_out).to(dtype), torch.randn(3, tokens, d_in).to(dtype)
     mask = torch.rand(3, tokens) > 0.3
     mask[0] = True

@@ -358,9 +358,7 @@ def test_what_one_batch_left_behind_is_not_used_by_the_next() -> None:
     """A group whose second member got no gradient: the rotated input must not wait for it."""
     model, one = hand_made(), check_batch(batch("none"), 0, torch.device("cpu"))
     layers = [replace(layer, group="gate") for layer in select(model, "gate|up")]
-    states = {
-        x.name: kfade.LayerCurvature(x.name, x.d_out, x.d_in, x.has_bias, x.transposed, x.group) for x in layers
-    }
+    states = {x.name: kfade.LayerCurvature(x.name, x.d_out, x.d_in, x.has_bias, x.transposed, x.group) for x in layers}
     for state in states.values():
         state.q_in, state.q_out = orthogonal(13), orthogonal(20)
     states["up"].q_in = states["gate"].q_in

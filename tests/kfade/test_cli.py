@@ -198,6 +198,13 @@ def test_fit_then_unlearn_with_its_factors(home: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(*quick(home, tmp_path / "v"), "--factors", tmp_path / "nothing")
 
 
+def test_only_the_answer_can_be_unlearned(home: Path, tmp_path: Path) -> None:
+    values = json.loads(done(*quick(home, tmp_path / "o"), "--loss-on", "answer", "--quiet", "--json").stdout)
+    assert values["configuration"]["loss_on"] == "answer"
+    before = values["evaluation"][0]["before"]  # the evaluation is of whole responses all the same
+    assert values["unlearn"]["forget_nll"] != pytest.approx(before["nll"])
+
+
 def test_apply(home: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, _ = run
     base = ["apply", "--model", home / "model", "--update", out]
@@ -293,10 +300,10 @@ def test_bad_data_is_named_before_the_model_is_looked_for(home: Path, tmp_path: 
         (["--curvature", "kfack"], "curvature is 'kfack'; it must be one of identity, diagonal, kfac, ekfac"),
         (["--damping", "-1"], "damping is -1.0; it must be at least 0"),
         (["--kl-budget", "0.1", "--step-size", "0.1"], "exactly one must be given"),
+        (["--loss-on", "question"], "loss_on is 'question'; it must be one of response, answer"),
         (["--holdout", "1.5"], "holdout is 1.5"),
         (["--dtype", "int8"], "dtype is 'int8'; it must be one of float32"),
         (["--device", "toaster"], "device is 'toaster'"),
-        (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
         (["--modules", "nothing_has_this"], "nothing_has_this"),
     ],
 )
@@ -305,6 +312,13 @@ def test_bad_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in refused(*quick(home, tmp_path / "o")[:-4], "--steps", 2, *extra)
+
+
+def test_options_that_the_parser_refuses(home: Path, tmp_path: Path) -> None:
+    for extra in (["--batch-size", 0], ["--max-tokens", 1], ["--steps", "many"], ["--nonsense"]):
+        result = call(*quick(home, tmp_path / "o"), *extra)
+        assert result.exit_code == 2 and result.stdout == "" and "Traceback" not in result.stderr
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_model_without_all_its_weights_is_refused(home: Path, tmp_path: Path) -> None:
@@ -318,6 +332,19 @@ def test_a_model_without_all_its_weights_is_refused(home: Path, tmp_path: Path) 
     save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     message = refused("eval", "--model", tmp_path / "m", "--text", home / "text.txt")
     assert "its files lack 1 tensors, such as model.layers.0.mlp.up_proj.weight" in message
+
+
+def test_a_model_from_gguf_is_saved_without_its_quantisation(home: Path, tmp_path: Path) -> None:
+    model, tokenizer = models.load_model(home / "model")
+    model.config.quantization_config = {"quant_method": "gguf"}
+    models.save_model(model, tokenizer, tmp_path / "m")
+    assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
+    again, _ = models.load_model(tmp_path / "m")
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.generation_config.eos_token_id == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_debug_shows_the_traceback(home: Path, tmp_path: Path) -> None:
@@ -347,3 +374,12 @@ def test_ctrl_c_leaves_nothing_half_written(home: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("command", ["fit", "unlearn", "apply", "eval", "demo", "doctor"])
 def test_help(command: str) -> None:
     assert "Usage" in done(command, "--help").stdout
+
+
+def test_version() -> None:
+    assert done("--version").stdout == f"kfade {kfade.__version__}\n"
+
+
+def test_help_says_what_there_is() -> None:
+    shown = done("--help").stdout
+    assert "uphill Gauss-Newton" in shown and all(name in shown for name in ("fit", "unlearn", "apply", "eval", "demo"))

@@ -117,8 +117,8 @@ def _one_by_one(model: Any, tokenizer: Any) -> tuple[float, float, int]:
         logs = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
         losses = [-float(logs[t, label]) for t, label in enumerate(labels[1:]) if label != -100]
         total, tokens = total + sum(losses), tokens + len(losses)
-        probability += math.exp(-sum(losses) / len(losses))
-    return total / tokens, probability / len(RECORDS), tokens
+        probability += math.exp(-sum(losses) / len(losses)) if one.prompt else 0.0
+    return total / tokens, probability / sum(bool(one.prompt) for one in RECORDS), tokens
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -128,6 +128,7 @@ def test_likelihood_is_that_of_each_record_alone(model: Any, tokenizer: Any, bat
     assert (got.records, got.tokens, got.kl) == (len(RECORDS), tokens, None)
     assert got.nll == pytest.approx(nll, rel=1e-5)
     assert got.answer_probability == pytest.approx(probability, rel=1e-5)
+    assert scores(model, make_batches(tokenizer, RECORDS[2:3])).answer_probability is None
     assert got.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
 
 
