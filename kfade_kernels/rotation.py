@@ -18,7 +18,7 @@ def rotate(x: Tensor, q: Tensor, *, ones_column: bool = False) -> Tensor:
         ones_column: whether x stands for x with one last column of ones.
 
     Returns:
-        `[..., m]`: bfloat16 when both x and the pair are (rounded once, at the end), else the dtype of q
+        `[..., m]`: bfloat16 when both x and the pair are, else the dtype of q
         (float32 for a pair).
 
     A bfloat16 pair costs two 16-bit products; the part of x along large eigendirections that the
@@ -36,8 +36,11 @@ def rotate(x: Tensor, q: Tensor, *, ones_column: bool = False) -> Tensor:
 
 def _rotate_pair(x: Tensor, q: Tensor, ones_column: bool) -> Tensor:
     rows = q.shape[1] - int(ones_column)
+    flat = x.reshape(-1, x.shape[-1])
     high, low = q.unbind(0)
-    rotated = (x @ high[:rows]).float().add_(x @ low[:rows])
+    rotated = flat @ high[:rows]
     if ones_column:
-        rotated.add_(high[rows]).add_(low[rows])
-    return rotated.to(torch.bfloat16)
+        rotated.add_(high[rows])
+        low_part = torch.addmm(low[rows], flat, low[:rows])
+        return rotated.add_(low_part).view(*x.shape[:-1], -1)
+    return torch.addmm(rotated, flat, low).view(*x.shape[:-1], -1)

@@ -2,7 +2,7 @@
 
 `Λ` is walked in row tiles of about `TILE_ELEMENTS`. For each tile the loop over sequences is inside:
 one GEMM writes this sequence's tile of `gᵀa` to a small buffer, and its square is added to the tile of
-Λ, which stays in cache as well. Nothing of size `B·d_out·d_in` exists.
+Λ, which stays in cache (L2 and L3) as well. Nothing of size `B·d_out·d_in` exists.
 
 Each side is rotated where that is cheaper, and the two choices do not depend on each other:
 
@@ -22,7 +22,7 @@ from ..rotation import rotate
 from ..syrk.reference import append_ones
 from .reference import basis
 
-TILE_ELEMENTS = 1 << 18
+TILE_ELEMENTS = 1 << 20
 
 
 def rotates_tokens(tokens: int, other_width: int) -> bool:

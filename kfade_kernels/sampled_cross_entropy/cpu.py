@@ -1,10 +1,12 @@
 """`sampled_cross_entropy` on a CPU: a few hundred rows at a time, in one reused block of logits.
 
-The sample is found in two steps: the probabilities are summed in blocks of `BLOCK` words (the same
-pass yields the normaliser), the uniform picks a block, and only that block is scanned.
+The sample is found in two steps: the probabilities are summed in blocks of `BLOCK` words, the uniform
+picks a block, and only that block is scanned.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -20,22 +22,22 @@ def rows_per_chunk(vocabulary: int, chunk_rows: int) -> int:
     return chunk_rows if chunk_rows > 0 else max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
-def _sample(exponentials: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels `[N]` and normalisers `[N]` from unnormalised probabilities `[N, V]`."""
-    rows, vocabulary = exponentials.shape
+def _sample(p: Tensor, uniform: Tensor, smallest: float) -> Tensor:
+    """Labels `[N]` from probabilities `[N, V]` of at least `smallest`, whose sum may miss 1 by rounding."""
+    rows, vocabulary = p.shape
     whole = vocabulary // BLOCK * BLOCK
-    sums = exponentials[:, :whole].reshape(rows, -1, BLOCK).sum(-1)
+    sums = p[:, :whole].reshape(rows, -1, BLOCK).sum(-1)
     if whole < vocabulary:
-        sums = torch.cat([sums, exponentials[:, whole:].sum(-1, keepdim=True)], dim=-1)
+        sums = torch.cat([sums, p[:, whole:].sum(-1, keepdim=True)], dim=-1)
     ends = sums.cumsum(-1)
-    total = ends[:, -1]
-    target = (uniform.to(total.dtype) * total).unsqueeze(-1)
+    # A uniform of 0 must not pick a word whose probability was only raised to `smallest`.
+    target = (uniform.to(p.dtype).unsqueeze(-1) * ends[:, -1:]).clamp_(min=2 * vocabulary * smallest)
     block = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[-1] - 1)
     before = torch.where(block > 0, ends.gather(-1, (block - 1).clamp(min=0)), 0.0)
     word = block * BLOCK + torch.arange(BLOCK, device=block.device)
-    inside = exponentials.gather(-1, word.clamp(max=vocabulary - 1)).masked_fill_(word >= vocabulary, 0.0)
+    inside = p.gather(-1, word.clamp(max=vocabulary - 1)).masked_fill_(word >= vocabulary, 0.0)
     step = torch.searchsorted(before + inside.cumsum(-1), target, right=True).clamp_(max=BLOCK - 1)
-    return (block * BLOCK + step).squeeze(-1).clamp_(max=vocabulary - 1), total
+    return (block * BLOCK + step).squeeze(-1).clamp_(max=vocabulary - 1)
 
 
 def run(
@@ -48,36 +50,27 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     vocabulary = x.shape[1] if weight is None else weight.shape[0]
     dtype = compute_dtype(x.dtype)
+    # Subnormal numbers, here or in products with the weight, are tenfold slower; these are far below rounding.
+    floor = 0.7 * math.log(torch.finfo(dtype).tiny)
     out_labels = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     out_nll = torch.empty(x.shape[0], dtype=dtype, device=x.device)
     grad = torch.empty_like(x)
     step = rows_per_chunk(vocabulary, chunk_rows)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
-        block = x[rows] if weight is None else torch.nn.functional.linear(x[rows], weight, bias)
-        # The block is ours to overwrite, unless it is still the caller's logits.
-        block = block.to(dtype, copy=weight is None)
-        largest = block.amax(-1)
-        if labels is None:
-            exponentials = block.sub_(largest.unsqueeze(-1)).exp_()
+        logits = x[rows] if weight is None else torch.nn.functional.linear(x[rows], weight, bias)
+        log_p = torch.log_softmax(logits, -1, dtype=dtype)
+        given = None if labels is None else labels[rows].unsqueeze(-1)
+        picked = None if given is None else log_p.gather(-1, given)
+        p = log_p.clamp_(min=floor).exp_()
+        if given is None:
             assert uniform is not None
-            chosen, total = _sample(exponentials, uniform[rows])
-            column = chosen.unsqueeze(-1)
-            nll = total.log() - exponentials.gather(-1, column).squeeze(-1).log()
-        else:
-            chosen = labels[rows]
-            column = chosen.unsqueeze(-1)
-            picked = block.gather(-1, column).squeeze(-1)
-            exponentials = block.sub_(largest.unsqueeze(-1)).exp_()
-            total = exponentials.sum(-1)
-            nll = total.log() + largest - picked
-        out_labels[rows], out_nll[rows] = chosen, nll
-        probabilities = exponentials.div_(total.unsqueeze(-1))
-        probabilities.scatter_add_(-1, column, -torch.ones_like(probabilities[:, :1]))
-        if weight is None:
-            grad[rows] = probabilities
-        else:
-            grad[rows] = probabilities.to(weight.dtype) @ weight
+            given = _sample(p, uniform[rows], math.exp(floor)).unsqueeze(-1)
+            picked = p.gather(-1, given).log()
+        assert picked is not None
+        out_labels[rows], out_nll[rows] = given.squeeze(-1), -picked.squeeze(-1)
+        p.scatter_add_(-1, given, -torch.ones_like(picked))
+        grad[rows] = p if weight is None else p.to(weight.dtype) @ weight
     return out_labels, grad, out_nll
 
 

@@ -163,8 +163,10 @@ class Head:
         limit = 10 * torch.finfo(ours.dtype).eps * float(torch.linalg.vector_norm(logits.double()))
         if ours.shape == logits.shape and float((ours.double() - logits.double()).norm()) <= limit:
             self._body = body
-            self.weight, self.bias = projection.weight.detach(), projection.bias
-            self.bias = None if self.bias is None else self.bias.detach()
+            # In the dtype in which the model multiplies, cast once.
+            dtype = ours.dtype
+            self.weight = projection.weight.detach().to(dtype)
+            self.bias = None if projection.bias is None else projection.bias.detach().to(dtype)
 
     def rows(self, batch: Batch) -> Tensor:
         """`[N, d]` hidden states, or `[N, V]` logits, at the N loss positions of a batch."""
@@ -176,29 +178,28 @@ class Head:
         picked: Tensor = output[batch.loss_mask]
         return picked
 
-    def _projection(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias in the dtype of the rows."""
-        weight = None if self.weight is None else self.weight.to(dtype)
-        return weight, None if self.bias is None else self.bias.to(dtype)
+    def _detached(self, rows: Tensor) -> Tensor:
+        """Rows without their graph, in the dtype of the projection."""
+        return rows.detach() if self.weight is None else rows.detach().to(self.weight.dtype)
 
     def sampled(self, rows: Tensor, batch: Batch, seed: int, sample: int) -> tuple[Tensor, Tensor, Tensor]:
         """Labels `[N]` drawn from the softmax, gradient of `Σ −log p` on the rows, and `−log p [N]`."""
         keys = sequence_keys(batch, seed).unsqueeze(1) + 7_919 * sample
         uniform = counter_uniform(keys, batch.positions)[batch.loss_mask]
-        weight, bias = self._projection(rows.dtype)
-        return sampled_cross_entropy(rows.detach(), uniform, weight=weight, bias=bias)
+        found = sampled_cross_entropy(self._detached(rows), uniform, weight=self.weight, bias=self.bias)
+        return found.labels, found.grad.to(rows.dtype), found.nll
 
     def labelled(self, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The same for the labels of the data."""
-        weight, bias = self._projection(rows.dtype)
-        vocabulary = rows.shape[1] if weight is None else weight.shape[0]
+        vocabulary = rows.shape[1] if self.weight is None else self.weight.shape[0]
         labels = batch.targets
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
             raise ValueError(
                 f"labels of batch {batch.index} range from {int(labels.min())} to {int(labels.max())};"
                 f" they must be -100, or from 0 to {vocabulary - 1}"
             )
-        return sampled_cross_entropy(rows.detach(), labels=labels, weight=weight, bias=bias)
+        found = sampled_cross_entropy(self._detached(rows), labels=labels, weight=self.weight, bias=self.bias)
+        return found.labels, found.grad.to(rows.dtype), found.nll
 
     def kl(self, rows: Tensor, reference: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
         """KL(p_reference ‖ p) of each row `[N]` in nats, and its gradient on the rows.
@@ -208,7 +209,7 @@ class Head:
             reference: rows of the original model at the same positions.
             gradient: whether the gradient is wanted; without, what is returned for it is empty.
         """
-        weight, bias = self._projection(rows.dtype)
+        weight, bias = self.weight, self.bias
         vocabulary = rows.shape[1] if weight is None else weight.shape[0]
         divergence = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
         grad = torch.empty_like(rows if gradient else rows[:0])
@@ -216,7 +217,7 @@ class Head:
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
             logs = []
-            for x in (reference[part], rows.detach()[part]):
+            for x in (self._detached(reference[part]), self._detached(rows[part])):
                 logits = x if weight is None else nn.functional.linear(x, weight, bias)
                 logs.append(logits.to(torch.float64 if x.dtype == torch.float64 else torch.float32).log_softmax(-1))
             log_p0, log_p = logs
