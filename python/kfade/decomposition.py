@@ -15,7 +15,7 @@ PROBES = 8
 
 
 def _is_accurate(a: Tensor, values: Tensor, vectors: Tensor) -> bool:
-    """Whether `A Q = Q Λ` and `QᵀQ = I`, on a few random vectors: O(n²) where the full products cost as much as eigh."""
+    """Whether `A Q = Q Λ` and `QᵀQ = I` on a few random vectors: O(n²), where full products cost half an eigh."""
     if not bool(torch.isfinite(values).all() and torch.isfinite(vectors).all()):
         return False
     generator = torch.Generator().manual_seed(0)

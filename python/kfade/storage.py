@@ -81,6 +81,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        # safetensors makes its files private; others get the mode that the user's own files have.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         _sync(temporary)
         temporary.replace(path)
     except SafetensorError as error:

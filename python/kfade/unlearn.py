@@ -149,9 +149,13 @@ class _Run:
                 p.copy_(original if change is None else original.to(self.dtype) + parts[name])
 
     @torch.no_grad()
-    def references(self, batches: Sequence[Batch]) -> list[Tensor]:
+    def references(self, batches: Sequence[Batch], stage: Stage) -> list[Tensor]:
         """Loss rows of the model as it is, to measure KL from."""
-        return [self.head.rows(batch).clone() for batch in batches]
+        rows = []
+        for batch in batches:
+            rows.append(self.head.rows(batch).clone())
+            stage.advance(batch.tokens)
+        return rows
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Batch], references: Sequence[Tensor], stage: Stage) -> tuple[float, float]:
@@ -168,9 +172,13 @@ class _Run:
         return divergence / tokens, nll / tokens
 
     @torch.no_grad()
-    def sequence_nll(self, batches: Sequence[Batch]) -> list[Tensor]:
+    def sequence_nll(self, batches: Sequence[Batch], stage: Stage) -> list[Tensor]:
         """Summed NLL of each sequence `[B]`, a tensor a batch."""
-        return [_by_sequence(self.head.labelled(self.head.rows(batch), batch)[2], batch) for batch in batches]
+        sums = []
+        for batch in batches:
+            sums.append(_by_sequence(self.head.labelled(self.head.rows(batch), batch)[2], batch))
+            stage.advance(batch.tokens)
+        return sums
 
     def _gradient_matrices(self) -> Matrices:
         result = {}
@@ -403,10 +411,12 @@ class _Stepper:
             for name, part in (("forget", forget), ("fitted", fitted), ("held", held))
         }
         self._forget_losses = sum(int(batch.loss_mask.sum()) for batch in forget)
-        with progress.stage("original outputs", self._tokens["held"]) as stage:
-            self._held_rows = run.references(held)
-            self._fitted_rows = run.references(fitted) if self._uses_pull else []
-            self._start = run.sequence_nll(forget)
+        kept = [*held, *fitted] if self._uses_pull else list(held)
+        total = sum(batch.tokens for batch in (*kept, *forget, *held))
+        with progress.stage("original outputs", total) as stage:
+            rows = run.references(kept, stage)
+            self._held_rows, self._fitted_rows = rows[: len(held)], rows[len(held) :]
+            self._start = run.sequence_nll(forget, stage)
             _, retain_nll = run.measure(held, self._held_rows, stage)
         self.report = UnlearnReport(
             to_dict(self.config), model_id(run.model), self._forget_nll(self._start), retain_nll, costs=progress.costs
@@ -504,7 +514,7 @@ class _Stepper:
                 self.change = _combine((1.0, base), (eta, direction))
             self.run.set_change(self.change)
             self._kl, retain_nll = self.run.measure(self.held, self._held_rows, stage)
-            forget_nll = self._forget_nll(self.run.sequence_nll(self.forget))
+            forget_nll = self._forget_nll(self.run.sequence_nll(self.forget, stage))
         return Step(
             number, not reason, reason, eta, weight, predicted(eta), self._kl, forget_nll, retain_nll, refit, trials
         )  # fmt: skip
@@ -522,6 +532,12 @@ class _Stepper:
             if not step.accepted:
                 self.report.warnings.append(f"step {number} was rolled back: {step.reason}")
                 break
+        last = self.report.accepted[-1] if self.report.accepted else None
+        if last is not None and last.measured_kl > 10 * last.predicted_kl > 0:
+            self.report.warnings.append(
+                f"the measured KL is {last.measured_kl / last.predicted_kl:,.0f} times the predicted one: the"
+                " block-diagonal matrix misses how layers act together, so the step rests on the measurement alone"
+            )
         if len(self.report.accepted) > 1 and self.config.refit_every == 0:
             self.report.warnings.append(
                 "the curvature was fitted once, at the original weights; steps far from them follow a stale matrix"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import kfade
 import pytest
 import torch
 from torch import Tensor, nn
+
+import kfade
 
 
 def model(dtype: torch.dtype = torch.float32, width: int = 5) -> nn.Sequential:
