@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kfade
-from kfade.progress import _reset_peak, peak_bytes
+from kfade.progress import peak_bytes, reset_peak
 
 Stages = dict[str, tuple[float, float]]
 
@@ -52,7 +52,7 @@ class Clock:
         self.stages: Stages = {}
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        _reset_peak()
+        reset_peak()
         before = peak_bytes()
         begin = time.perf_counter()
         result = work()
@@ -76,7 +76,7 @@ def run_floor(model: LlamaForCausalLM, data: list[dict[str, Tensor]], autocast: 
 def run_kfade(model: LlamaForCausalLM, data: list[dict[str, Tensor]], autocast: str) -> tuple[Stages, kfade.Curvature]:
     progress = kfade.Progress()
     config = kfade.FitConfig(fisher="empirical", autocast=autocast)
-    _reset_peak()
+    reset_peak()
     before = peak_bytes()
     begin = time.perf_counter()
     curvature = kfade.fit(model, data, config, progress=progress)

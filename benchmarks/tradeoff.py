@@ -25,7 +25,7 @@ from kfade.demo import BATCH, FIT_BATCH, NEW_TOKENS, load_data
 from kfade.evaluate import generations, references, scores, share_found
 from kfade.fit import check_batches, device_of
 from kfade.models import demo_model, load_model
-from kfade.unlearn import _as_batches, split_holdout
+from kfade.unlearn import as_batches, split_holdout
 
 CURVATURES = ("identity", "diagonal", "kfac", "ekfac")
 
@@ -33,7 +33,7 @@ CURVATURES = ("identity", "diagonal", "kfac", "ekfac")
 def fit_all(model: Any, retain: list[dict[str, Any]], names: list[str], modules: str) -> dict[str, kfade.Curvature]:
     """The curvatures, on the part of the retain set that `unlearn` would fit on."""
     fitted, _ = split_holdout(check_batches(retain, device_of(model)), kfade.UnlearnConfig().holdout)
-    data = _as_batches(fitted)
+    data = as_batches(fitted)
     progress = kfade.Progress(show=True)
     curvatures = {
         name: kfade.fit(model, data, kfade.FitConfig(curvature=name, modules=modules), progress=progress)

@@ -8,6 +8,11 @@ from torch import Tensor
 from .dispatch import no_autocast
 
 
+def rotates_tokens(tokens: int, other_width: int) -> bool:
+    """Whether rotating the tokens of one side is cheaper than rotating the gradient."""
+    return tokens < other_width
+
+
 def rotate(x: Tensor, q: Tensor, *, ones_column: bool = False) -> Tensor:
     """`x q`, or `[x, 1] q` with a column of ones.
 

@@ -18,16 +18,11 @@ import torch
 from torch import Tensor
 
 from ..precision import HAS_BF16_OPERANDS, bf16_operands
-from ..rotation import rotate
+from ..rotation import rotate, rotates_tokens
 from ..syrk.reference import append_ones
 from .reference import basis
 
 TILE_ELEMENTS = 1 << 20
-
-
-def rotates_tokens(tokens: int, other_width: int) -> bool:
-    """Whether rotating the tokens of one side is cheaper than rotating the gradient."""
-    return tokens < other_width
 
 
 def _accumulate_tiles(lam: Tensor, g: Tensor, a: Tensor) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from kfade_kernels import bf16_pair, eigenvalue_correction_, rotate
-from kfade_kernels.eigenvalue_correction.cpu import rotates_tokens
+from kfade_kernels.rotation import rotates_tokens
 from torch import Tensor
 
 from .capture import Pair

@@ -110,7 +110,8 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output projection of a Hugging Face model, or None."""
     getter = getattr(model, "get_output_embeddings", None)
     if getter is None:
         return None
@@ -138,7 +139,7 @@ def select(model: nn.Module, modules: str) -> list[Layer]:
         pattern = re.compile(PRESETS.get(modules, modules))
     except re.error as error:
         raise ValueError(f"modules is {modules!r}; it must be a preset or a regular expression ({error})") from error
-    head = _output_head(model) if modules in PRESETS else None
+    head = output_head(model) if modules in PRESETS else None
     candidates = {n: m for n, m in model.named_modules() if n and _is_candidate(m)}
     chosen = {n: m for n, m in candidates.items() if pattern.search(n) and m is not head}
     if not chosen:

@@ -21,7 +21,7 @@ from kfade_kernels.sampled_cross_entropy.cpu import rows_per_chunk
 from torch import Tensor, nn
 
 from .errors import NonFiniteError
-from .layers import _output_head
+from .layers import output_head
 
 IGNORE_INDEX = -100
 
@@ -134,7 +134,7 @@ class Head:
         self._body: nn.Module | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        projection = _output_head(model)
+        projection = output_head(model)
         prefix = getattr(model, "base_model_prefix", "")
         body = getattr(model, prefix, None) if prefix else None
         if type(projection) is nn.Linear and isinstance(body, nn.Module) and projection not in tracked:

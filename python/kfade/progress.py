@@ -41,7 +41,8 @@ class StageCost:
         return self.units / self.seconds if self.seconds > 0 else 0.0
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Begin a new measurement of peak memory, where the system can (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -108,7 +109,7 @@ class Progress:
             task = bar.add_task(name, total=total, unit=unit)
             bar.start()
             self._live = True
-        _reset_peak()
+        reset_peak()
         begin = time.perf_counter()
         stage = Stage(bar, task)
         try:

@@ -381,7 +381,8 @@ def unlearn(
     return Update(tensors, stepper.report.model_id, stepper.report)
 
 
-def _as_batches(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+def as_batches(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Checked batches as the mappings that `fit` takes."""
     return [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in batches]
 
 
@@ -497,7 +498,7 @@ class _Stepper:
         """Take step `number`, or leave everything as it was and say why."""
         refit = self.config.refit_every > 0 and number > 1 and (number - 1) % self.config.refit_every == 0
         if self.curvature is None or refit:
-            self.curvature = fit(self.run.model, _as_batches(self.fitted), self.config.fit, progress=self.progress)
+            self.curvature = fit(self.run.model, as_batches(self.fitted), self.config.fit, progress=self.progress)
         direction, pull, slope = self._directions(number)
         with self.progress.stage(f"step {number}: search") as stage:
             base, weight, at_zero = self.change, 0.0, self._kl

@@ -27,7 +27,12 @@ def test_the_benchmark_runs_and_forgets(tmp_path: Path) -> None:
     small = ["--pairs", "260", "--epochs", "1", "--width", "32", "--layers", "1", "--steps", "1", "--vocabulary", "512"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])}
     done = subprocess.run(
-        [*command, *small, "--curvatures", "kfac"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, *small, "--curvatures", "kfac"],
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     methods = [line.split()[1] for line in done.stdout.splitlines()[1:]]
