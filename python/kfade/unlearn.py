@@ -295,8 +295,8 @@ def search_step_size(
 
     KL above `at_zero` is taken as a power of η, quadratic at first and then as the last two
     measurements say, and the next η aims 5 % below the target, inside the bracket of the largest good
-    and the smallest bad one. Within 8 % of the target is enough. Beyond ten times `first` nothing is
-    tried: where KL saturates, ever longer steps would only destroy.
+    and the smallest bad one. Within 8 % of the target is enough. Where a step of twice the length or more
+    adds less than a tenth to the KL, it has saturated, and longer ones would only destroy: the search ends.
     """
     low, high = 0.0, math.inf
     eta, power = first, 2.0
@@ -307,8 +307,11 @@ def search_step_size(
         done.append(Trial(eta, predicted(eta), kl))
         share = (kl - at_zero) / (target - at_zero) if math.isfinite(kl) else math.inf
         if kl <= target:
+            saturated = eta >= 2 * last_eta > 0 and 0.01 < share < 1.1 * last_share
+            if saturated:
+                break
             low = max(low, eta)
-            if share >= 0.92 or low >= 10 * first:
+            if share >= 0.92:
                 break
         else:
             high = min(high, eta)
@@ -320,11 +323,11 @@ def search_step_size(
             # Each miss in a row aims a little lower, so that a wrong power cannot creep up on the target.
             guess *= 0.9**number
         if low < guess < high:
-            eta = min(guess, 4 * eta, 10 * first)
+            eta = min(guess, 30 * eta)
         elif low == 0.0:
             eta = high / 4 if math.isfinite(high) else 4 * eta
         else:
-            eta = math.sqrt(low * high) if math.isfinite(high) else min(4 * low, 10 * first)
+            eta = math.sqrt(low * high) if math.isfinite(high) else 4 * low
     return low, done
 
 

@@ -168,9 +168,13 @@ def test_bounded_objective_weighs_what_is_still_remembered() -> None:
 def test_search_finds_the_largest_step_within_the_target(power: float, first: float) -> None:
     eta, trials = search_step_size(lambda x: 0.01 + x**power, lambda x: x, first, 0.01, 0.05, 40)
     exact = 0.04 ** (1 / power)
-    reachable = min(exact, 10 * first)
-    assert 0.9 * reachable <= eta <= reachable
+    assert 0.9 * exact <= eta <= exact
     assert all(isinstance(trial, Trial) for trial in trials)
+
+
+def test_search_ends_where_kl_saturates() -> None:
+    eta, trials = search_step_size(lambda x: 0.01 * min(x, 3.0), lambda x: x, 1.0, 0.0, 0.05, 20)
+    assert eta <= 10 and len(trials) < 6
 
 
 def test_search_survives_infinite_kl() -> None:
