@@ -61,6 +61,12 @@ def finite(name: str, value: object, *, minimum: float | None = None) -> float:
     return float(value)
 
 
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be True or False")
+    return value
+
+
 def row_mask(name: str, mask: object, rows: Sequence[int], device: torch.device) -> Tensor:
     """A 0/1 mask over rows, as a flat boolean tensor `[N]`."""
     value = tensor(name, mask, dtypes=(torch.bool, torch.uint8, torch.int32, torch.int64), ndim=(len(rows),))

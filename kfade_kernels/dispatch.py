@@ -5,7 +5,7 @@ operation's backends, fastest first, whether they serve these arguments; the fir
 The last one is always the plain PyTorch reference, which serves everything. `explain` asks the same
 question without running anything.
 
-The environment variable `KFADE_DISABLE` (names separated by commas, e.g. `cpu,triton`) switches
+The environment variable `KFADE_DISABLE` (names separated by commas, e.g. `pytorch,triton`) switches
 backends off; it is read at every call, so that a doubtful result can be checked on the spot.
 """
 
@@ -40,7 +40,7 @@ class Backend:
     """One implementation of an operation.
 
     Attributes:
-        name: `cpu`, `triton`, `cuda` or `reference`.
+        name: `triton`, `pytorch` or `reference`.
         run: takes the arguments of the schema.
         refuses: takes the same arguments; returns why this backend cannot serve them, or None.
         configuration: takes the same arguments; says how the call would be run.

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
+# Before anything imports Triton: without a GPU its kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -11,9 +19,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["fastest", "reference"])
+@pytest.fixture(params=["fastest", "reference", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with the backend that would serve the call, and once more with the plain reference."""
-    disabled = "cpu,triton,cuda" if request.param == "reference" else ""
+    """Run a test with the backend that serves a CPU, with the plain reference, and with Triton's kernels.
+
+    The kernels run in Triton's interpreter; what they refuse there (float64, bfloat16) the reference serves.
+    """
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setenv("KFADE_ENABLE", "triton" if request.param == "triton" else "")
+    disabled = {"fastest": "", "reference": "pytorch,triton,cuda", "triton": "pytorch"}[request.param]
     monkeypatch.setenv("KFADE_DISABLE", disabled)
     return str(request.param)

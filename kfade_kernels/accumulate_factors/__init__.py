@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import arguments as check
 from ..dispatch import Backend, declare
 from ..packed import PackedSymmetric
 from ..syrk import check_rows
-from . import cpu, reference
+from . import pytorch, reference, triton
 
 Accumulators = PackedSymmetric | Sequence[PackedSymmetric]
 Rows = Tensor | Sequence[Tensor]
@@ -35,6 +36,7 @@ def _prepare(
     mask: Tensor | None = None,
     *,
     ones_column: bool | Sequence[bool] = False,
+    allow_tf32: bool = False,
 ) -> tuple[Any, ...]:
     inputs, outputs = _as_list(acc_a), _as_list(acc_s)
     a_rows, g_rows = _as_list(a), _as_list(g)
@@ -56,15 +58,20 @@ def _prepare(
         a_rows + g_rows,
         masks,
         ones + [False] * len(outputs),
+        check.flag("allow_tf32", allow_tf32),
     )
 
 
 _accumulate = declare(
     "accumulate_factors_",
-    "(Tensor(a!)[] packed, int[] orders, Tensor[] rows, Tensor?[] masks, bool[] ones_columns) -> ()",
+    "(Tensor(a!)[] packed, int[] orders, Tensor[] rows, Tensor?[] masks, bool[] ones_columns, bool allow_tf32) -> ()",
     _prepare,
     lambda *_: None,
-    [Backend("cpu", cpu.run, cpu.refuses, cpu.configuration), Backend("reference", reference.run)],
+    [
+        Backend("triton", triton.run, triton.refuses, triton.configuration),
+        Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
+        Backend("reference", reference.run),
+    ],
 )
 
 
@@ -76,6 +83,7 @@ def accumulate_factors_(
     mask: Tensor | None = None,
     *,
     ones_column: bool | Sequence[bool] = False,
+    allow_tf32: bool = False,
 ) -> None:
     """Add `Σ a aᵀ` to the input factors and `Σ g gᵀ` to the output factors, in place.
 
@@ -90,10 +98,11 @@ def accumulate_factors_(
         g: gradients of the layer outputs `[N, d_out]` or `[B, T, d_out]`.
         mask: 0/1 `[N]` or `[B, T]`, common to all rows; a row whose mask is 0 is left out.
         ones_column: for each input, whether a last column of ones is implied (a layer with a bias).
+        allow_tf32: as `syrk_`.
 
     Raises:
         TypeError, ValueError: as `syrk_`, naming the entry.
 
     Cost: `N·(d_in² + d_out²)` FLOPs a layer.
     """
-    _accumulate(*_prepare(acc_a, acc_s, a, g, mask, ones_column=ones_column))
+    _accumulate(*_prepare(acc_a, acc_s, a, g, mask, ones_column=ones_column, allow_tf32=allow_tf32))

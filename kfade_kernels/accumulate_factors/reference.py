@@ -13,6 +13,7 @@ def run(
     rows: list[Tensor],
     masks: list[Tensor | None],
     ones_columns: list[bool],
+    allow_tf32: bool,
 ) -> None:
     for matrix, order, x, mask, ones in zip(packed, orders, rows, masks, ones_columns, strict=True):
-        syrk_reference.run(matrix, order, x, mask, 1.0, ones)
+        syrk_reference.run(matrix, order, x, mask, 1.0, ones, allow_tf32)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..dispatch import Backend, declare
-from . import cpu, reference
+from . import pytorch, reference
 
 
 def _check_basis(name: str, q: Tensor | None, rows: int, columns: int, lam: Tensor) -> None:
@@ -62,7 +62,7 @@ _correct = declare(
     "(Tensor(a!) lam, Tensor g, Tensor a, Tensor? q_out, Tensor? q_in, Tensor? mask, bool ones_column) -> ()",
     _prepare,
     lambda *_: None,
-    [Backend("cpu", cpu.run, cpu.refuses, cpu.configuration), Backend("reference", reference.run)],
+    [Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration), Backend("reference", reference.run)],
 )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..dispatch import Backend, declare
-from . import cpu, reference
+from . import pytorch, reference
 
 Eigenvalues = Tensor | tuple[Tensor, Tensor]
 
@@ -51,7 +51,7 @@ _solve = declare(
     "(Tensor v, Tensor q_out, Tensor q_in, Tensor[] eigenvalues, float damping) -> Tensor",
     _prepare,
     _fake,
-    [Backend("cpu", cpu.run, cpu.refuses, cpu.configuration), Backend("reference", reference.run)],
+    [Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration), Backend("reference", reference.run)],
 )
 
 

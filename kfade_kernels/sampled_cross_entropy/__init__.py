@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..dispatch import Backend, declare
-from . import cpu, reference
+from . import pytorch, reference
 
 
 class CrossEntropy(NamedTuple):
@@ -81,7 +81,7 @@ _sample = declare(
     " -> (Tensor labels, Tensor grad, Tensor nll)",
     _prepare,
     _fake,
-    [Backend("cpu", cpu.run, cpu.refuses, cpu.configuration), Backend("reference", reference.run)],
+    [Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration), Backend("reference", reference.run)],
 )
 
 

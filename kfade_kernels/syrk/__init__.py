@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import arguments as check
 from ..dispatch import Backend, declare
 from ..packed import PackedSymmetric
-from . import cpu, reference
+from . import pytorch, reference, triton
 
 
 def check_rows(
@@ -37,17 +37,22 @@ def _prepare(
     alpha: float = 1.0,
     *,
     ones_column: bool = False,
+    allow_tf32: bool = False,
 ) -> tuple[Any, ...]:
     rows = check_rows("acc", acc, "x", x, "mask", mask, ones_column)
-    return acc.data, acc.n, x, rows, check.finite("alpha", alpha), ones_column
+    return acc.data, acc.n, x, rows, check.finite("alpha", alpha), ones_column, check.flag("allow_tf32", allow_tf32)
 
 
 _syrk = declare(
     "syrk_",
-    "(Tensor(a!) packed, int order, Tensor x, Tensor? mask, float alpha, bool ones_column) -> ()",
+    "(Tensor(a!) packed, int order, Tensor x, Tensor? mask, float alpha, bool ones_column, bool allow_tf32) -> ()",
     _prepare,
     lambda *_: None,
-    [Backend("cpu", cpu.run, cpu.refuses, cpu.configuration), Backend("reference", reference.run)],
+    [
+        Backend("triton", triton.run, triton.refuses, triton.configuration),
+        Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
+        Backend("reference", reference.run),
+    ],
 )
 
 
@@ -58,6 +63,7 @@ def syrk_(
     alpha: float = 1.0,
     *,
     ones_column: bool = False,
+    allow_tf32: bool = False,
 ) -> PackedSymmetric:
     """Add `alpha · xᵀ diag(mask) x` to `acc`, in place; only the lower triangle is computed.
 
@@ -70,6 +76,8 @@ def syrk_(
         alpha: scale of the whole update.
         ones_column: x is `[..., n - 1]` and stands for x with one last column of ones (the input
             column of a bias); the widened copy is never made.
+        allow_tf32: products of float32 rows may round their operands to TF32 (11 significant bits, about
+            3e-4 relative) where the device has it. Never done unless asked for here.
 
     Returns:
         `acc`.
@@ -80,5 +88,5 @@ def syrk_(
 
     Cost: `N·n²` FLOPs (half of a full product), no temporary of size n².
     """
-    _syrk(*_prepare(acc, x, mask, alpha, ones_column=ones_column))
+    _syrk(*_prepare(acc, x, mask, alpha, ones_column=ones_column, allow_tf32=allow_tf32))
     return acc

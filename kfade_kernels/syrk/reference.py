@@ -27,5 +27,7 @@ def syrk(matrix: Tensor, x: Tensor, mask: Tensor | None, alpha: float, ones_colu
     return matrix + alpha * (x.T @ x)
 
 
-def run(packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool) -> None:
+def run(
+    packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool, *_: object
+) -> None:
     packed.copy_(pack(syrk(unpack(packed, order), x, mask, alpha, ones_column)))

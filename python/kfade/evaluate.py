@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from kfade_kernels.sampled_cross_entropy.cpu import rows_per_chunk
+from kfade_kernels.sampled_cross_entropy.pytorch import rows_per_chunk
 from torch import Tensor, nn
 
 from .capture import deterministic_mode

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from kfade_kernels import counter_uniform, sampled_cross_entropy
-from kfade_kernels.sampled_cross_entropy.cpu import rows_per_chunk
+from kfade_kernels.sampled_cross_entropy.pytorch import rows_per_chunk
 from torch import Tensor, nn
 
 from .errors import NonFiniteError

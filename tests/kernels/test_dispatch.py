@@ -39,13 +39,13 @@ def schema_arguments(operation: str) -> list[tuple[Any, ...]]:
     weight, labels = torch.randn(9, 6), torch.randint(6, (4,))
     return {
         "syrk_": [
-            (packed, 130, x, None, 1.0, False),
-            (packed, 130, x[:, :129], mask, -2.0, True),
-            (packed, 130, x.bfloat16(), mask, 1.0, False),
+            (packed, 130, x, None, 1.0, False, False),
+            (packed, 130, x[:, :129], mask, -2.0, True, True),
+            (packed, 130, x.bfloat16(), mask, 1.0, False, False),
         ],
         "accumulate_factors_": [
-            ([packed, torch.zeros(9)], [130, 3], [x, x[:, :2]], [mask, None], [False, True]),
-            ([], [], [], [], []),
+            ([packed, torch.zeros(9)], [130, 3], [x, x[:, :2]], [mask, None], [False, True], False),
+            ([], [], [], [], [], False),
         ],
         "eigenvalue_correction_": [
             (torch.zeros(6, 5), g, a, q_out, q_in, None, False),
@@ -75,12 +75,14 @@ def calls() -> dict[str, Callable[..., Any]]:
 
     def syrk(x: torch.Tensor) -> torch.Tensor:
         acc = torch.zeros(130 * 130, dtype=x.dtype)[: kk.PackedSymmetric(130).data.numel()]
-        torch.ops.kfade_kernels.syrk_(acc, 130, x.sin(), None, 0.5, False)
+        torch.ops.kfade_kernels.syrk_(acc, 130, x.sin(), None, 0.5, False, False)
         return acc * 2
 
     def factors(x: torch.Tensor) -> torch.Tensor:
         one, two = torch.zeros(kk.PackedSymmetric(130).data.numel()), torch.zeros(9)
-        torch.ops.kfade_kernels.accumulate_factors_([one, two], [130, 3], [x, x[:, :2]], [None, None], [False, True])
+        torch.ops.kfade_kernels.accumulate_factors_(
+            [one, two], [130, 3], [x, x[:, :2]], [None, None], [False, True], False
+        )
         return one.sum() + two
 
     def correction(x: torch.Tensor) -> torch.Tensor:
@@ -137,12 +139,12 @@ def test_every_operation_is_declared() -> None:
 def test_explain_says_who_and_why(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args, kwargs = public_arguments(operation)
     said = kk.explain(operation, *args, **kwargs)
-    assert (said.operation, said.backend) == (operation, "cpu")
+    assert (said.operation, said.backend) == (operation, "pytorch")
     assert said.configuration and said.backend in str(said)
-    monkeypatch.setenv("KFADE_DISABLE", "triton, cpu")
+    monkeypatch.setenv("KFADE_DISABLE", "triton, pytorch")
     said = kk.explain(operation, *args, **kwargs)
     assert said.backend == "reference"
-    assert ("cpu", "disabled by KFADE_DISABLE") in said.refused
+    assert ("pytorch", "disabled by KFADE_DISABLE") in said.refused
     assert "disabled by KFADE_DISABLE" in str(said)
 
 
@@ -165,7 +167,7 @@ def test_explain_refuses_what_the_operation_refuses() -> None:
 
 
 @pytest.mark.parametrize("operation", PUBLIC)
-def test_off_the_cpu_the_reference_serves(operation: str) -> None:
+def test_elsewhere_the_reference_serves(operation: str) -> None:
     """The meta device stands for any that has no backend of its own."""
 
     def move(value: Any) -> Any:
@@ -178,7 +180,7 @@ def test_off_the_cpu_the_reference_serves(operation: str) -> None:
     args, kwargs = public_arguments(operation)
     said = kk.explain(operation, *move(args), **{name: move(value) for name, value in kwargs.items()})
     assert said.backend == "reference"
-    assert "meta" in dict(said.refused)["cpu"]
+    assert "meta" in dict(said.refused)["pytorch"]
 
 
 @pytest.mark.parametrize("operation", PUBLIC)

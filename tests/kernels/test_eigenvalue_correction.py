@@ -7,7 +7,7 @@ from typing import Any
 import kfade_kernels as kk
 import pytest
 import torch
-from kfade_kernels.eigenvalue_correction import cpu
+from kfade_kernels.eigenvalue_correction import pytorch
 from oracles import Sizes, assert_as_accurate, assert_close, orthogonal, squared_gradients
 from torch import Tensor
 
@@ -131,7 +131,7 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
 def test_tiles_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     g, a = torch.randn(3, 4, 50), torch.randn(3, 4, 8)
     whole = kk.eigenvalue_correction_(torch.zeros(50, 8), g, a)
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 56)
+    monkeypatch.setattr(pytorch, "TILE_ELEMENTS", 56)
     assert_close(kk.eigenvalue_correction_(torch.zeros(50, 8), g, a), whole, 1e-6)
 
 
@@ -139,7 +139,7 @@ def test_no_tensor_of_all_gradients() -> None:
     g, a = torch.randn(16, 3, 64), torch.randn(16, 3, 64)
     sizes = Sizes()
     with sizes:
-        cpu.run(torch.zeros(64, 64), g, a, orthogonal(64, torch.float32), None, None, False)
+        pytorch.run(torch.zeros(64, 64), g, a, orthogonal(64, torch.float32), None, None, False)
     assert sizes.largest <= 64 * 64
 
 

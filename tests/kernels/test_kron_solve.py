@@ -7,7 +7,7 @@ from typing import Any
 import kfade_kernels as kk
 import pytest
 import torch
-from kfade_kernels.kron_solve import cpu
+from kfade_kernels.kron_solve import pytorch
 from oracles import Sizes, assert_as_accurate, assert_close, dense_solve, orthogonal
 from torch import Tensor
 
@@ -81,7 +81,7 @@ def test_a_pair_is_never_multiplied_out() -> None:
     q_out, q_in, values, _ = problem(40, 30, torch.float32, True)
     sizes = Sizes()
     with sizes:
-        cpu.run(torch.randn(40, 30), q_out, q_in, list(values), 0.1)
+        pytorch.run(torch.randn(40, 30), q_out, q_in, list(values), 0.1)
     assert torch.Size([40, 30]) not in sizes.shapes_of("mul", "outer", "add", "ger")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..syrk import cpu as syrk_cpu
+from ..syrk import pytorch as syrk_pytorch
 
 
 def run(
@@ -13,13 +13,14 @@ def run(
     rows: list[Tensor],
     masks: list[Tensor | None],
     ones_columns: list[bool],
+    allow_tf32: bool,
 ) -> None:
     for matrix, order, x, mask, ones in zip(packed, orders, rows, masks, ones_columns, strict=True):
-        syrk_cpu.run(matrix, order, x, mask, 1.0, ones)
+        syrk_pytorch.run(matrix, order, x, mask, 1.0, ones, allow_tf32)
 
 
 def refuses(packed: list[Tensor], orders: list[int], rows: list[Tensor], *_: object) -> str | None:
-    elsewhere = [str(x.device) for x in rows if x.device.type != "cpu"]
+    elsewhere = [str(x.device) for x in rows if x.device.type not in ("cpu", "cuda")]
     return f"rows are on {elsewhere[0]}" if elsewhere else None
 
 

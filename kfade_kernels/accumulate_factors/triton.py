@@ -1,0 +1,48 @@
+"""`accumulate_factors_` by Triton: the triangles of many layers in one launch (see `syrk.triton`).
+
+One layer's factors have too few tiles to fill a device below order 2,048; those of a block of layers do.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..syrk import triton as syrk
+
+
+def _problems(
+    packed: list[Tensor], orders: list[int], rows: list[Tensor], masks: list[Tensor | None], ones_columns: list[bool]
+) -> list[syrk.Problem]:
+    return [syrk.problem(*parts) for parts in zip(packed, orders, rows, masks, ones_columns, strict=True)]
+
+
+def run(
+    packed: list[Tensor],
+    orders: list[int],
+    rows: list[Tensor],
+    masks: list[Tensor | None],
+    ones_columns: list[bool],
+    allow_tf32: bool,
+) -> None:
+    syrk.add_outer_products(_problems(packed, orders, rows, masks, ones_columns), 1.0, allow_tf32)
+
+
+def refuses(packed: list[Tensor], orders: list[int], rows: list[Tensor], *_: object) -> str | None:
+    if not rows:
+        return "there are no problems"
+    reasons = (
+        syrk.gate("accumulate_factors_", f"rows[{i}]", *parts)
+        for i, parts in enumerate(zip(packed, orders, rows, strict=True))
+    )
+    return next((reason for reason in reasons if reason), None)
+
+
+def configuration(
+    packed: list[Tensor],
+    orders: list[int],
+    rows: list[Tensor],
+    masks: list[Tensor | None],
+    ones_columns: list[bool],
+    allow_tf32: bool,
+) -> str:
+    return syrk.describe(_problems(packed, orders, rows, masks, ones_columns), allow_tf32)

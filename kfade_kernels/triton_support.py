@@ -1,0 +1,193 @@
+"""What the Triton backends share: when they may serve, tables of problems, and the launch.
+
+A kernel whose correctness has not been seen on an architecture stays off there: `verified.json` lists
+what has been, and `KFADE_ENABLE=triton` switches the rest on. Under Triton's interpreter
+(`TRITON_INTERPRET=1`, set before Triton is imported) the kernels run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configurations import SIZE_EXAMPLES, Configuration, choose
+from .devices import Device, of_tensors
+
+ENABLE = "KFADE_ENABLE"
+VERIFIED = "verified.json"
+
+
+@functools.cache
+def triton_version() -> str:
+    """Version of the installed Triton, or an empty text."""
+    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return version(package).split("+")[0]
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is asked for."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def verified() -> frozenset[tuple[str, str]]:
+    """Pairs (operation, architecture) that the correctness part of the GPU benchmark has passed on."""
+    text = resources.files("kfade_kernels").joinpath(VERIFIED).read_text(encoding="utf-8")
+    return frozenset((entry["operation"], entry["architecture"]) for entry in json.loads(text))
+
+
+def refusal(operation: str, name: str, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Why no Triton kernel may serve a call of this operation, or None.
+
+    Args:
+        operation: public name.
+        name: of the argument that says where the call runs.
+        device: where it is.
+        dtypes: of all floating-point arguments.
+    """
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"{name} is on {device}"
+    if not triton_version():
+        return "Triton is not installed"
+    kinds = set(dtypes)
+    if torch.float64 in kinds:
+        return "float64"
+    enabled = "triton" in os.environ.get(ENABLE, "").split(",")
+    if device.type == "cpu":
+        if torch.bfloat16 in kinds:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return None if enabled else f"the interpreter serves only with {ENABLE}=triton"
+    architecture = of_tensors(device).architecture
+    if enabled or (operation, architecture) in verified():
+        return None
+    return f"not yet seen correct on {architecture} ({ENABLE}=triton switches it on)"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel, as a configuration and a call would ask for it.
+
+    Attributes:
+        name: for tables, e.g. `syrk bfloat16 descriptors`.
+        kernel: the jitted function.
+        signature: Triton's type of each argument that is not a compile-time constant.
+        constants: the compile-time constants.
+        configuration: what it was made from; warps, stages and the precision of float32 products.
+        products: it multiplies on the matrix units.
+        itemsize: bytes of an element of the operands of its products.
+        pipelined: its loads must be asynchronous where the target can do that.
+        aligned: names of pointer arguments that are not known to begin on 16 bytes are left out here.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    configuration: Configuration
+    products: bool = True
+    itemsize: int = 2
+    pipelined: bool = False
+    aligned: tuple[str, ...] | None = None
+
+
+def shipped_configurations(kernel: str, device: Device) -> list[tuple[torch.dtype, Configuration]]:
+    """The dtypes and configurations that a device may be given, without repetition."""
+    found: dict[tuple[torch.dtype, Configuration], None] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for extent in SIZE_EXAMPLES:
+            found[dtype, choose(kernel, device, dtype, extent, triton_version())] = None
+    return list(found)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass
+class Table:
+    """Problems of one grouped launch: rows of int64 fields, the first the end of the problem's work items.
+
+    Pointers in it are addresses, so whoever launches keeps the tensors alive until then.
+    """
+
+    fields: int
+    rows: list[list[int]] = field(default_factory=list)
+    work: int = 0
+
+    def add(self, items: int, *values: int) -> None:
+        """Add a problem of `items` work items."""
+        self.work += items
+        row = [self.work, *values]
+        assert len(row) <= self.fields
+        self.rows.append(row + [0] * (self.fields - len(row)))
+
+    def to(self, device: torch.device) -> Tensor:
+        """`[problems, fields]` int64 on the device; the copy is asynchronous."""
+        table = torch.tensor(self.rows, dtype=torch.int64)
+        return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x [..., n]` as `[N, n]` with unit column stride: a view where strides allow, else a copy."""
+    flat = x.flatten(0, -2)
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether every row of `x [N, n]` begins and ends on 16 bytes: loads can then be asynchronous."""
+    step = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and x.stride(0) % step == 0 and x.shape[1] % step == 0 and x.stride(0) > 0
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A flat boolean mask as the bytes that kernels read."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def grid(work: int, configuration: Configuration, device: Device) -> int:
+    """Programs of a persistent launch."""
+    return max(1, min(work, configuration.programs * device.multiprocessors))
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    import triton.language as tl
+
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+def _scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def launch(
+    kernel: Any, programs: int | Sequence[int], configuration: Configuration, device: torch.device, **arguments: Any
+) -> None:
+    """Launch a kernel; keyword arguments are those of the kernel."""
+    import triton
+
+    size = (programs,) if isinstance(programs, int) else tuple(programs)
+    if device.type == "cpu":
+        kernel[size](**arguments, num_warps=configuration.warps, num_stages=configuration.stages)
+        return
+    if arguments.get("DESCRIPTORS"):
+        triton.set_allocator(_scratch)
+    with torch.cuda.device(device):
+        kernel[size](**arguments, num_warps=configuration.warps, num_stages=configuration.stages)
