@@ -34,11 +34,11 @@ KERNELS = ("syrk",)
 
 # A multiprocessor: registers, threads, programs.
 _REGISTERS, _THREADS, _PROGRAMS = 65536, 2048, 32
+# The matrix instruction of a family of architectures.
 _PRODUCT = {
     "sm_8": "mma.sync",
     "sm_90": "wgmma.mma_async",
     "sm_10": "tcgen05.mma",
-    "sm_12": "mma.sync",
     "gfx": "v_mfma_",
 }
 # TF32 operands must lie the other way round in shared memory, so float32 tiles come in pieces of 4 bytes.

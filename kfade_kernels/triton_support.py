@@ -29,12 +29,15 @@ VERIFIED = "verified.json"
 @functools.cache
 def triton_version() -> str:
     """Version of the installed Triton, or an empty text."""
-    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
-        try:
-            return version(package).split("+")[0]
-        except PackageNotFoundError:
-            continue
-    return ""
+    installed = (_version(package) for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"))
+    return next((found for found in installed if found), "")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package).split("+")[0]
+    except PackageNotFoundError:
+        return ""
 
 
 def interpreted() -> bool:

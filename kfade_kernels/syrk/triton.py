@@ -57,7 +57,8 @@ def rounds(problems: Sequence[Problem]) -> Iterator[list[Problem]]:
     left = [p for p in problems if p.rows]
     while left:
         seen: set[int] = set()
-        now, later = [], []
+        now: list[Problem] = []
+        later: list[Problem] = []
         for p in left:
             (later if p.packed.data_ptr() in seen else now).append(p)
             seen.add(p.packed.data_ptr())
@@ -107,7 +108,7 @@ def configure(problems: Sequence[Problem], allow_tf32: bool) -> Configuration:
 
 
 def adapt(found: Configuration, device: Device, is_aligned: bool, masked: bool) -> Configuration:
-    """A configuration for these rows: descriptors need aligned rows and no mask, and element-wise loads a small tile."""
+    """A configuration for these rows: no descriptors with a mask, and a small tile where loads are element-wise."""
     if not is_aligned:
         return replace(ANY_ROWS, precision=found.precision, group=found.group)
     return replace(found, descriptors=found.descriptors and has_descriptors(device) and not masked)
