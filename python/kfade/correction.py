@@ -12,7 +12,7 @@ from torch import Tensor
 from .capture import Pair
 from .curvature import LayerCurvature
 from .layers import Layer
-from .loss import Batch, require_finite
+from .loss import Batch, FiniteCheck
 
 
 class CorrectionCollector:
@@ -20,6 +20,9 @@ class CorrectionCollector:
 
     An input that several layers share is rotated once. Layers that compute in bfloat16 are rotated
     with a bfloat16 pair of eigenvectors, split once and for all.
+
+    Attributes:
+        finite: what looks for NaN and infinities.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class CorrectionCollector:
         self._outputs = {g: sum(m.d_out for m in layers if m.group == g) for g in {m.group for m in layers}}
         self._rotated: dict[str, tuple[Tensor, int]] = {}
         self._pairs: dict[tuple[str, str], Tensor] = {}
+        self.finite = FiniteCheck(device)
         for state in states.values():
             state.lambda_sum = torch.zeros(state.d_out, state.width_in, dtype=dtype, device=device)
 
@@ -63,12 +67,11 @@ class CorrectionCollector:
         g = pairs[0].g if len(pairs) == 1 else torch.cat([p.g for p in pairs], dim=1)
         a = pairs[0].a if len(pairs) == 1 else torch.cat([p.a for p in pairs], dim=1)
         a = a.to(pairs[0].dtype)
-        padded = not bool(batch.attention.all())
-        if padded:
+        if batch.padded:
             dropped = ~batch.attention.repeat(1, len(pairs)).unsqueeze(-1)
             g, a = g.masked_fill(dropped, 0), a.masked_fill(dropped, 0)
-        require_finite(g, batch, f"the output gradient of {layer.name}")
-        require_finite(a, batch, f"the input of {layer.name}")
+        self.finite.see(g, batch, f"the output gradient of {layer.name}")
+        self.finite.see(a, batch, f"the input of {layer.name}")
         assert state.lambda_sum is not None
         q_in = self._basis(layer.group, "in", a.dtype)
         q_out = self._basis(layer.name, "out", g.dtype)
@@ -78,5 +81,15 @@ class CorrectionCollector:
         eigenvalue_correction_(state.lambda_sum, g, a, q_out, q_in, ones_column=ones)
 
     def end_batch(self) -> None:
-        """Drop what a layer without gradient left behind."""
+        """Drop what a layer without gradient left behind.
+
+        Raises:
+            NonFiniteError: the batch holds a NaN or an infinity.
+        """
         self._rotated.clear()
+        self.finite.raise_if_any()
+
+    def clear(self) -> None:
+        """Forget all that waits."""
+        self._rotated.clear()
+        self.finite.clear()

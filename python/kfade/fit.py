@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from .curvature import Curvature, LayerCurvature
 from .decomposition import decompose
 from .factors import FactorCollector
 from .layers import Layer, select
-from .loss import IGNORE_INDEX, Batch, Head, check_batch, require_finite
+from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch
 from .progress import Progress
 
 
@@ -62,30 +63,53 @@ def _passes(layers: Sequence[Layer], at_most: int | None) -> list[list[Layer]]:
     return passes
 
 
+class Collector(Protocol):
+    """Takes the pairs of a pass over the data.
+
+    Attributes:
+        finite: what looks for NaN and infinities.
+    """
+
+    finite: FiniteCheck
+
+    def __call__(self, layer: Layer, pairs: list[Pair], batch: Batch) -> None:
+        """Take the pairs of one layer, batch and label sample."""
+
+    def end_batch(self) -> None:
+        """All pairs of a batch were delivered: nothing of it may be kept waiting, and NonFiniteError is due."""
+
+    def clear(self) -> None:
+        """Forget all that waits: the pass is over, perhaps by an error."""
+
+
 def run_fisher(
     head: Head,
     layers: Sequence[Layer],
     batches: Sequence[Batch],
     config: FitConfig,
-    consume: Callable[[Layer, list[Pair], Batch], None],
+    collector: Collector,
     after: Callable[[Batch, int], None],
 ) -> None:
-    """One pass over the data: forward, labels, backward, with the pairs going to `consume`.
+    """One pass over the data: forward, labels, backward, with the pairs going to `collector`.
 
     `after(batch, sample)` is called when all pairs of that batch and label sample were delivered.
     """
-    capture = Capture(head, layers, consume)
-    for batch in batches:
-        with capture.running(batch) as rows:
-            for sample in range(config.samples):
-                if config.fisher == "sampled":
-                    _, grad, nll = head.sampled(rows, batch, config.seed, sample)
-                else:
-                    _, grad, nll = head.labelled(rows, batch)
-                require_finite(nll, batch, "the loss")
-                rows.backward(grad, retain_graph=sample + 1 < config.samples)
-                capture.flush(batch)
-                after(batch, sample)
+    capture = Capture(head, layers, collector)
+    try:
+        for batch in batches:
+            with capture.running(batch) as rows:
+                for sample in range(config.samples):
+                    if config.fisher == "sampled":
+                        _, grad, nll = head.sampled(rows, batch, config.seed, sample)
+                    else:
+                        _, grad, nll = head.labelled(rows, batch)
+                    collector.finite.see(nll, batch, "the loss")
+                    rows.backward(grad, retain_graph=sample + 1 < config.samples)
+                    capture.flush(batch)
+                    after(batch, sample)
+                collector.end_batch()
+    finally:
+        collector.clear()
     capture.require_all()
 
 
@@ -140,7 +164,6 @@ def _fit_layers(
         with progress.stage(f"eigenvalues Λ{suffix}", tokens) as stage:
 
             def after(batch: Batch, sample: int) -> None:
-                correction.end_batch()
                 if sample == 0:
                     stage.advance(batch.tokens)
 

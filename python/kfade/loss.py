@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,9 +60,15 @@ class Batch:
         """int64 `[B, T]`: index of each token in its sequence, padding not counted."""
         return (self.attention.long().cumsum(1) - 1).clamp_(min=0)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
+        """Tokens that are not padding; counted once, since reading the count waits for the device."""
         return int(self.attention.sum())
+
+    @property
+    def padded(self) -> bool:
+        """Whether any token is padding."""
+        return self.tokens < self.attention.numel()
 
 
 def check_batch(batch: Mapping[str, Tensor], index: int, device: torch.device) -> Batch:
@@ -236,3 +243,53 @@ def require_finite(value: Tensor, batch: Batch, what: str) -> None:
     total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
     if not bool(torch.isfinite(total)) and not bool(torch.isfinite(value).all()):
         raise NonFiniteError(f"batch {batch.index}: {what} has a NaN or infinite value; nothing of it was accumulated")
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host queues work on this device without waiting for it, so that looking at a value costs a wait."""
+    return device.type != "cpu"
+
+
+class FiniteCheck:
+    """Raises NonFiniteError for values that hold a NaN or an infinity: at once, or all together once a batch.
+
+    Where the host runs ahead, `see` leaves a flag on the device and `raise_if_any` reads all flags with one
+    wait. By then sums may hold what such a batch gave them, so whoever catches the error must drop them.
+
+    Args:
+        device: where the values are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._at_once = not runs_ahead(device)
+        self._seen: list[tuple[Tensor, str]] = []
+
+    def see(self, value: Tensor, batch: Batch, what: str, mask: Tensor | None = None) -> None:
+        """Check `value [..., d]` of a batch, where `mask [...]` is True if there is one.
+
+        Raises:
+            NonFiniteError: it holds a NaN or an infinity, and nothing has to be waited for.
+        """
+        if self._at_once:
+            require_finite(value if mask is None else value[mask], batch, what)
+            return
+        # One pass. Finite values whose sum overflows are refused too: their squares, so the factors, would overflow.
+        rows = torch.isfinite(value.sum(-1, dtype=torch.promote_types(value.dtype, torch.float32)))
+        finite = (rows if mask is None else rows | ~mask).all()
+        self._seen.append((finite, f"batch {batch.index}: {what} has a NaN or infinite value; the fit ends here"))
+
+    def raise_if_any(self) -> None:
+        """Look at all flags since the last call.
+
+        Raises:
+            NonFiniteError: a value was not finite; the message names the first one and its batch.
+        """
+        seen, self._seen = self._seen, []
+        flags = torch.stack([flag for flag, _ in seen]).tolist() if seen else []
+        for finite, (_, message) in zip(flags, seen, strict=True):
+            if not finite:
+                raise NonFiniteError(message)
+
+    def clear(self) -> None:
+        """Forget all flags."""
+        self._seen.clear()
