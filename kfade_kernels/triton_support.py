@@ -139,8 +139,12 @@ class Table:
 
     def to(self, device: torch.device) -> Tensor:
         """`[problems, fields]` int64 on the device; the copy is asynchronous."""
-        table = torch.tensor(self.rows, dtype=torch.int64)
-        return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+        return to_device(torch.tensor(self.rows, dtype=torch.int64), device)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A small CPU tensor on a device, copied asynchronously."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def address(x: Tensor | None) -> int:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..precision import HAS_BF16_OPERANDS, bf16_operands
 from ..rotation import rotate, rotates_tokens
+from ..rotation.reference import basis
 from ..syrk.reference import append_ones
-from .reference import basis
 
 TILE_ELEMENTS = 1 << 20
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rotation.reference import basis
 from ..syrk.reference import append_ones
-
-
-def basis(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """An eigenbasis `[n, m]` in `dtype`, from itself or from a bfloat16 pair `[2, n, m]`."""
-    return q.to(dtype) if q.ndim == 2 else q.to(dtype).sum(0)
 
 
 def run(

@@ -2,80 +2,142 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from .. import arguments as check
 from ..dispatch import Backend, declare
-from . import pytorch, reference
+from . import pytorch, reference, triton
 
+RightHandSide = Tensor | tuple[Tensor, Tensor]
 Eigenvalues = Tensor | tuple[Tensor, Tensor]
 
 
-def _prepare(v: Tensor, q_out: Tensor, q_in: Tensor, eigenvalues: Eigenvalues, damping: float) -> tuple[Any, ...]:
-    check.tensor("v", v, ndim=(2, 3))
-    d_out, d_in = v.shape[-2:]
-    for name, q, order in (("q_out", q_out, d_out), ("q_in", q_in, d_in)):
+def _check_problem(
+    v: Any, q_out: Any, q_in: Any, eigenvalues: Any, damping: Any, at: str
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, float]:
+    """One problem as the schema has it; `at` is `[i]` in a list of problems, else empty."""
+    a: Tensor | None = None
+    if isinstance(v, tuple):
+        if len(v) != 2:
+            raise TypeError(f"v{at} is a tuple of {len(v)}; it must be a tensor or the pair (g, a)")
+        v, a = check.tensor(f"v{at}[0]", v[0], ndim=(2,)), check.tensor(f"v{at}[1]", v[1], ndim=(2,))
+        check.shape(f"v{at}[1]", a, [v.shape[0], a.shape[1]], f"as many rows as v{at}[0]")
+        check.same_device(f"v{at}[1]", a, f"v{at}[0]", v.device)
+        if a.dtype != v.dtype:
+            raise TypeError(f"v{at}[1] is {a.dtype}; it must be {v.dtype} like v{at}[0]")
+        d_out, d_in = v.shape[1], a.shape[1]
+    else:
+        check.tensor(f"v{at}", v, ndim=(2, 3))
+        d_out, d_in = v.shape[-2:]
+    for name, q, order in ((f"q_out{at}", q_out, d_out), (f"q_in{at}", q_in, d_in)):
         check.tensor(name, q, dtypes=check.STATES, ndim=(2,))
-        check.shape(name, q, [order, order], "square, as the matching dimension of v")
-        check.same_device(name, q, "v", v.device)
+        check.shape(name, q, [order, order], f"square, as the matching dimension of v{at}")
+        check.same_device(name, q, f"v{at}", v.device)
     if q_in.dtype != q_out.dtype:
-        raise TypeError(f"q_in is {q_in.dtype}; it must be {q_out.dtype} like q_out")
-    check.not_wider("v", v.dtype, "q_out", q_out.dtype)
+        raise TypeError(f"q_in{at} is {q_in.dtype}; it must be {q_out.dtype} like q_out{at}")
+    check.not_wider(f"v{at}", v.dtype, f"q_out{at}", q_out.dtype)
     if isinstance(eigenvalues, Tensor):
-        values, names = [eigenvalues], ["eigenvalues"]
+        values, names = [eigenvalues], [f"eigenvalues{at}"]
         shapes = [[d_out, d_in]]
     elif isinstance(eigenvalues, (tuple, list)) and len(eigenvalues) == 2:
-        values, names = list(eigenvalues), ["eigenvalues[0]", "eigenvalues[1]"]
+        values, names = list(eigenvalues), [f"eigenvalues{at}[0]", f"eigenvalues{at}[1]"]
         shapes = [[d_out], [d_in]]
     else:
         raise TypeError(
-            f"eigenvalues is a {type(eigenvalues).__name__}; it must be a tensor [d_out, d_in] or a pair"
+            f"eigenvalues{at} is a {type(eigenvalues).__name__}; it must be a tensor [d_out, d_in] or a pair"
             " of vectors ([d_out], [d_in])"
         )
     for name, value, expected in zip(names, values, shapes, strict=True):
         check.tensor(name, value, dtypes=(q_out.dtype,), ndim=(len(expected),))
         check.shape(name, value, expected, "as v")
-        check.same_device(name, value, "v", v.device)
-    return v, q_out, q_in, values, check.finite("damping", damping, minimum=0.0)
+        check.same_device(name, value, f"v{at}", v.device)
+    right = values[1] if len(values) == 2 else None
+    return v, a, q_out, q_in, values[0], right, check.finite(f"damping{at}", damping, minimum=0.0)
 
 
-def _fake(v: Tensor, q_out: Tensor, q_in: Tensor, eigenvalues: list[Tensor], damping: float) -> Tensor:
-    return torch.empty(v.shape, dtype=q_out.dtype, device=v.device)
+def _prepare(v: Any, q_out: Any, q_in: Any, eigenvalues: Any, damping: Any) -> tuple[Any, ...]:
+    if not isinstance(v, list):
+        problems = [_check_problem(v, q_out, q_in, eigenvalues, damping, "")]
+        return tuple([column] for column in problems[0])
+    dampings = list(damping) if isinstance(damping, (list, tuple)) else [damping] * len(v)
+    for name, value in (("q_out", q_out), ("q_in", q_in), ("eigenvalues", eigenvalues), ("damping", dampings)):
+        if not isinstance(value, list):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a list like v")
+        if len(value) != len(v):
+            raise ValueError(f"{name} has {len(value)} entries; it must have {len(v)}, one for each entry of v")
+    problems = [
+        _check_problem(*parts, f"[{i}]")
+        for i, parts in enumerate(zip(v, q_out, q_in, eigenvalues, dampings, strict=True))
+    ]
+    return tuple([p[i] for p in problems] for i in range(7))
+
+
+def _fake(v: list[Tensor], a: list[Tensor | None], q_out: list[Tensor], q_in: list[Tensor], *_: object) -> list[Tensor]:
+    return [
+        torch.empty(x.shape if y is None else (x.shape[1], y.shape[1]), dtype=q.dtype, device=x.device)
+        for x, y, q in zip(v, a, q_out, strict=True)
+    ]
 
 
 _solve = declare(
     "kron_solve",
-    "(Tensor v, Tensor q_out, Tensor q_in, Tensor[] eigenvalues, float damping) -> Tensor",
+    "(Tensor[] v, Tensor?[] a, Tensor[] q_out, Tensor[] q_in, Tensor[] eigenvalues, Tensor?[] eigenvalues_in,"
+    " float[] dampings) -> Tensor[]",
     _prepare,
     _fake,
-    [Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration), Backend("reference", reference.run)],
+    [
+        Backend("triton", triton.run, triton.refuses, triton.configuration),
+        Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
+        Backend("reference", reference.run),
+    ],
 )
 
 
-def kron_solve(v: Tensor, q_out: Tensor, q_in: Tensor, eigenvalues: Eigenvalues, damping: float) -> Tensor:
+@overload
+def kron_solve(v: RightHandSide, q_out: Tensor, q_in: Tensor, eigenvalues: Eigenvalues, damping: float) -> Tensor: ...
+
+
+@overload
+def kron_solve(
+    v: Sequence[RightHandSide],
+    q_out: Sequence[Tensor],
+    q_in: Sequence[Tensor],
+    eigenvalues: Sequence[Eigenvalues],
+    damping: float | Sequence[float],
+) -> list[Tensor]: ...
+
+
+def kron_solve(v: Any, q_out: Any, q_in: Any, eigenvalues: Any, damping: Any) -> Any:
     """`(F + λI)⁻¹ v` for `F = (Q_out ⊗ Q_in) diag(Λ) (Q_out ⊗ Q_in)ᵀ`, as a matrix equation:
 
     `Q_out [ (Q_outᵀ v Q_in) ⊘ (Λ + λ) ] Q_inᵀ`
 
+    One layer, or lists of layers of any shapes, which a GPU then solves together.
+
     Args:
-        v: `[d_out, d_in]`, or a batch `[K, d_out, d_in]` of right-hand sides; any float dtype.
-        q_out: output eigenvectors in columns `[d_out, d_out]`, float32 or float64.
-        q_in: input eigenvectors in columns `[d_in, d_in]`, same dtype.
+        v: `[d_out, d_in]`, or a batch `[K, d_out, d_in]` of right-hand sides, of any float dtype; or a
+            pair `(g [N, d_out], a [N, d_in])` that stands for the gradient `gᵀ a`, which is not formed
+            where its tokens are so few that rotating them is cheaper. Or a list of any of these.
+        q_out: output eigenvectors in columns `[d_out, d_out]`, float32 or float64; or a list.
+        q_in: input eigenvectors in columns `[d_in, d_in]`, same dtype; or a list.
         eigenvalues: `Λ [d_out, d_in]` (EK-FAC), or the pair `(λ_out [d_out], λ_in [d_in])` (K-FAC),
-            whose outer product is then never formed.
-        damping: λ ≥ 0, absolute, in the unit of Λ. Zero is only sensible where Λ is positive.
+            whose outer product is then never formed; or a list of either.
+        damping: λ ≥ 0, absolute, in the unit of Λ; with lists, one number or a list of them. Zero is only
+            sensible where Λ is positive.
 
     Returns:
-        The solution in the shape of `v` and the dtype of `q_out`.
+        The solution in the shape of `v` and the dtype of `q_out`; with lists, a list.
 
     Raises:
         TypeError: an argument is not of its type or dtype.
-        ValueError: shapes or devices do not agree, or `damping` is negative or not finite.
+        ValueError: shapes, devices or lengths do not agree, or `damping` is negative or not finite.
 
-    Cost: `4·d_out·d_in·(d_out + d_in)` FLOPs for each right-hand side.
+    Cost: `4·d_out·d_in·(d_out + d_in)` FLOPs for each right-hand side; for a pair the first half of that
+    becomes `2·N·(d_out² + d_in² + d_out·d_in)` where that is less.
     """
-    result: Tensor = _solve(*_prepare(v, q_out, q_in, eigenvalues, damping))
-    return result
+    solutions: list[Tensor] = _solve(*_prepare(v, q_out, q_in, eigenvalues, damping))
+    return solutions if isinstance(v, list) else solutions[0]

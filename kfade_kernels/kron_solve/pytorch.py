@@ -1,4 +1,4 @@
-"""`kron_solve` on a CPU: four products, the division in place between them, two buffers in all."""
+"""`kron_solve` in PyTorch: four products, the division in place between them, two buffers in all."""
 
 from __future__ import annotations
 
@@ -6,20 +6,63 @@ import torch
 from torch import Tensor
 
 
-def run(v: Tensor, q_out: Tensor, q_in: Tensor, eigenvalues: list[Tensor], damping: float) -> Tensor:
-    rotated = torch.matmul(torch.matmul(q_out.T, v.to(q_out.dtype)), q_in)
-    if len(eigenvalues) == 1:
-        rotated.div_(eigenvalues[0] + damping)
+def few_tokens(tokens: int, d_out: int, d_in: int) -> bool:
+    """Whether rotating the tokens of a gradient `gᵀ a` is cheaper than forming it and rotating that."""
+    return tokens * (d_out**2 + d_in**2) < d_out * d_in * (d_out + d_in)
+
+
+def _rotated(v: Tensor, a: Tensor | None, q_out: Tensor, q_in: Tensor) -> Tensor:
+    """`Q_outᵀ V Q_in`."""
+    v = v.to(q_out.dtype)
+    if a is None:
+        return torch.matmul(torch.matmul(q_out.T, v), q_in)
+    a = a.to(q_out.dtype)
+    if few_tokens(v.shape[0], v.shape[1], a.shape[1]):
+        return torch.mm(torch.mm(v, q_out).T, torch.mm(a, q_in))
+    return torch.mm(torch.mm(q_out.T, torch.mm(v.T, a)), q_in)
+
+
+def solve(
+    v: Tensor, a: Tensor | None, q_out: Tensor, q_in: Tensor, values: Tensor, values_in: Tensor | None, damping: float
+) -> Tensor:
+    rotated = _rotated(v, a, q_out, q_in)
+    if values_in is None:
+        rotated.div_(values + damping)
     else:
         # Row by row, so that the outer product of the pair never exists.
-        for row, value in enumerate(eigenvalues[0].tolist()):
-            rotated[..., row, :].div_(eigenvalues[1] * value + damping)
+        for row in range(values.shape[0]):
+            rotated[..., row, :].div_(values_in * values[row] + damping)
     return torch.matmul(torch.matmul(q_out, rotated), q_in.T)
 
 
-def refuses(v: Tensor, *_: object) -> str | None:
-    return None if v.device.type == "cpu" else f"v is on {v.device}"
+def run(
+    v: list[Tensor],
+    a: list[Tensor | None],
+    q_out: list[Tensor],
+    q_in: list[Tensor],
+    eigenvalues: list[Tensor],
+    eigenvalues_in: list[Tensor | None],
+    dampings: list[float],
+) -> list[Tensor]:
+    return [solve(*parts) for parts in zip(v, a, q_out, q_in, eigenvalues, eigenvalues_in, dampings, strict=True)]
 
 
-def configuration(v: Tensor, q_out: Tensor, q_in: Tensor, eigenvalues: list[Tensor], *_: object) -> str:
-    return f"four {q_out.dtype} products, eigenvalues as a {'matrix' if len(eigenvalues) == 1 else 'pair'}"
+def refuses(v: list[Tensor], *_: object) -> str | None:
+    elsewhere = [str(x.device) for x in v if x.device.type not in ("cpu", "cuda")]
+    return f"v is on {elsewhere[0]}" if elsewhere else None
+
+
+def configuration(
+    v: list[Tensor],
+    a: list[Tensor | None],
+    q_out: list[Tensor],
+    q_in: list[Tensor],
+    eigenvalues: list[Tensor],
+    eigenvalues_in: list[Tensor | None],
+    dampings: list[float],
+) -> str:
+    if not v:
+        return "no problems"
+    form = "matrix" if eigenvalues_in[0] is None else "pair"
+    several = f", {len(v)} problems in turn" if len(v) > 1 else ""
+    return f"four {q_out[0].dtype} products, eigenvalues as a {form}{several}"

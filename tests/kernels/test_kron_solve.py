@@ -81,14 +81,61 @@ def test_a_pair_is_never_multiplied_out() -> None:
     q_out, q_in, values, _ = problem(40, 30, torch.float32, True)
     sizes = Sizes()
     with sizes:
-        pytorch.run(torch.randn(40, 30), q_out, q_in, list(values), 0.1)
+        pytorch.solve(torch.randn(40, 30), None, q_out, q_in, *values, 0.1)
     assert torch.Size([40, 30]) not in sizes.shapes_of("mul", "outer", "add", "ger")
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 60])
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("dtype", PAIRS, ids=str)
+def test_gradient_as_factors(backend: str, dtype: torch.dtype, pair: bool, tokens: int) -> None:
+    """Few tokens are rotated, many are multiplied out: the solution is that of the gradient itself."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    q_out, q_in, values, full = problem(20, 13, wide, pair)
+    g, a = torch.randn(tokens, 20).to(dtype), torch.randn(tokens, 13).to(dtype)
+    gradient = g.to(wide).T @ a.to(wide)
+    plain = q_out @ ((q_out.T @ gradient @ q_in) / (full + 0.1)) @ q_in.T
+    truth = dense_solve(g.double().T @ a.double(), q_out, q_in, full, 0.1)
+    assert_as_accurate(kk.kron_solve((g, a), q_out, q_in, values, 0.1), plain, truth, times=8)
+
+
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+def test_lists_of_unequal_problems(backend: str, dtype: torch.dtype) -> None:
+    shapes = [(7, 13), (130, 9), (1, 5), (24, 17)]
+    problems = [problem(*shape, dtype, pair) for shape, pair in zip(shapes, (False, True, True, False), strict=True)]
+    v: list[Any] = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+    v[1] = torch.randn(2, *shapes[1], dtype=dtype)
+    v[3] = (torch.randn(4, 24, dtype=dtype), torch.randn(4, 17, dtype=dtype))
+    q_out, q_in, values = ([p[i] for p in problems] for i in range(3))
+    dampings = [0.1, 0.2, 0.3, 1e-3]
+    together = kk.kron_solve(v, q_out, q_in, values, dampings)
+    assert isinstance(together, list)
+    for i, solution in enumerate(together):
+        alone = kk.kron_solve(v[i], q_out[i], q_in[i], values[i], dampings[i])
+        assert_close(solution, alone, 64 * torch.finfo(dtype).eps)
+    common = kk.kron_solve(v[:2], q_out[:2], q_in[:2], values[:2], 0.2)
+    assert torch.equal(common[1], together[1])
+    assert kk.kron_solve([], [], [], [], 0.1) == []
+
+
+def test_a_bad_entry_of_a_list_is_named() -> None:
+    with pytest.raises(ValueError, match=r"q_in\[1\] has shape"):
+        kk.kron_solve([V, V], [Q6, Q6], [Q5, Q6], [L, L], 0.1)
+    with pytest.raises(ValueError, match="q_out has 1 entries"):
+        kk.kron_solve([V, V], [Q6], [Q5, Q5], [L, L], 0.1)
+    with pytest.raises(TypeError, match="q_out is a Tensor; it must be a list"):
+        kk.kron_solve([V], Q6, [Q5], [L], 0.1)
+    with pytest.raises(ValueError, match=r"damping\[1\] is -1.0"):
+        kk.kron_solve([V, V], [Q6, Q6], [Q5, Q5], [L, L], [0.1, -1.0])
 
 
 V, Q6, Q5, L = torch.zeros(6, 5), torch.eye(6), torch.eye(5), torch.ones(6, 5)
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("v one-dimensional", {"v": V[0]}, ValueError, "v has shape"),
     ("v integers", {"v": V.int()}, TypeError, "v is torch.int32"),
+    ("v a triple", {"v": (V, V, V)}, TypeError, "v is a tuple of 3"),
+    ("v factors of two dtypes", {"v": (V.new_zeros(4, 6), V.new_zeros(4, 5).half())}, TypeError, r"v\[1\] is torch"),
+    ("v factors unequal", {"v": (V.new_zeros(4, 6), V.new_zeros(3, 5))}, ValueError, r"v\[1\] has shape"),
     ("v wider", {"v": V.double()}, TypeError, "v is torch.float64"),
     ("v sparse", {"v": V.to_sparse()}, ValueError, "v has layout"),
     ("v elsewhere", {"v": V.to("meta")}, ValueError, "q_out is on cpu"),
