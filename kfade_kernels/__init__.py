@@ -5,6 +5,7 @@ Every operation has one folder: its schema and public function, its definition i
 """
 
 from .accumulate_factors import accumulate_factors_
+from .apply_update import apply_update_
 from .dispatch import Explanation, explain, operations
 from .eigenvalue_correction import eigenvalue_correction_
 from .kron_solve import kron_solve
@@ -19,6 +20,7 @@ __all__ = [
     "Explanation",
     "PackedSymmetric",
     "accumulate_factors_",
+    "apply_update_",
     "bf16_pair",
     "counter_uniform",
     "eigenvalue_correction_",

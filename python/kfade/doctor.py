@@ -65,6 +65,7 @@ def _calls(rows: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]
     return {
         "syrk_": ((acc_a, a), {}),
         "accumulate_factors_": ((acc_a, acc_s, a, g), {}),
+        "apply_update_": (([torch.zeros(m, n, dtype=rows)], [torch.zeros(m, n)]), {}),
         "eigenvalue_correction_": ((lam, g, a, q_out, q_in), {}),
         "kron_solve": ((torch.zeros(m, n, dtype=rows), q_out, q_in, lam, 0.1), {}),
         "sampled_cross_entropy": ((hidden, torch.zeros(tokens)), {"weight": weight}),

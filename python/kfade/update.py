@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from kfade_kernels import apply_update_
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from .storage import write_tensors
 FORMAT = "kfade-update"
 VERSION = 1
 FILE = "update.safetensors"
+# Weights that are added to in one call: their part of the update is copied to their device for it.
+GROUP_BYTES = 1 << 30
 
 
 @dataclass
@@ -48,10 +51,13 @@ class Update:
 
     def _targets(self, model: nn.Module) -> dict[str, nn.Parameter]:
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        owners: dict[int, str] = {}
         wrong = []
         for name, tensor in self.tensors.items():
             if name not in parameters:
                 wrong.append(f"{name}: not in the model")
+            elif owners.setdefault(id(parameters[name]), name) != name:
+                wrong.append(f"{name}: tied to {owners[id(parameters[name])]} in the model")
             elif parameters[name].shape != tensor.shape:
                 wrong.append(f"{name}: {list(tensor.shape)} in the update, {list(parameters[name].shape)} in the model")
             elif not parameters[name].is_floating_point():
@@ -61,6 +67,24 @@ class Update:
             raise ValueError(f"model does not fit this update: {shown}")
         return {name: parameters[name] for name in self.tensors}
 
+    def _add_(self, targets: Mapping[str, nn.Parameter], scale: float) -> None:
+        """Add `scale` times the update to these parameters, many in one call."""
+        groups: list[list[str]] = []
+        room = 0
+        for name, p in targets.items():
+            if not groups or p.nbytes > room or p.device != targets[groups[-1][0]].device:
+                groups.append([])
+                room = GROUP_BYTES
+            groups[-1].append(name)
+            room -= p.nbytes
+        for names in groups:
+            device = targets[names[0]].device
+            # Δ is float32 or wider where we made it; a file may hold what its writer rounded.
+            deltas = [
+                self.tensors[n].to(device, torch.promote_types(self.tensors[n].dtype, torch.float32)) for n in names
+            ]
+            apply_update_([targets[n] for n in names], deltas, scale)
+
     @torch.no_grad()
     def apply_(self, model: nn.Module, scale: float = 1.0) -> nn.Module:
         """Add `scale` times the update to the model's parameters, in place.
@@ -69,16 +93,14 @@ class Update:
         were are kept until `remove_`, so that removing restores every bit.
 
         Raises:
-            ValueError: `scale` is not finite, or the model lacks a parameter or has it in another
-                shape; all mismatches are listed and nothing is changed.
+            ValueError: `scale` is not finite, or the model lacks a parameter, has it in another shape, or
+                ties it to another one of the update; all mismatches are listed and nothing is changed.
         """
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale is {scale!r}; it must be a finite number")
         targets = self._targets(model)
         before = {name: p.detach().clone() for name, p in targets.items()}
-        for name, p in targets.items():
-            delta = self.tensors[name].to(p.device)
-            p.copy_(p.to(delta.dtype).add_(delta, alpha=scale))
+        self._add_(targets, scale)
         # Versions alone cannot tell training from a round trip through a copy; the values can.
         after = {name: p.detach().clone() for name, p in targets.items()}
         self._applied.setdefault(model, []).append(_Applied(float(scale), before, after))
@@ -100,12 +122,13 @@ class Update:
             raise ValueError("model has no application of this update to remove; apply_ it with the opposite scale")
         targets = self._targets(model)
         applied = stack.pop()
+        trained = {}
         for name, p in targets.items():
             if torch.equal(p, applied.after[name].to(p.device)):
                 p.copy_(applied.before[name])
             else:
-                delta = self.tensors[name].to(p.device)
-                p.copy_(p.to(delta.dtype).sub_(delta, alpha=applied.scale))
+                trained[name] = p
+        self._add_(trained, -applied.scale)
         return model
 
     def norm(self) -> float:

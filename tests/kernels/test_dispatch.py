@@ -10,7 +10,14 @@ import pytest
 import torch
 from oracles import assert_close, orthogonal
 
-PUBLIC = ("syrk_", "accumulate_factors_", "eigenvalue_correction_", "kron_solve", "sampled_cross_entropy")
+PUBLIC = (
+    "syrk_",
+    "accumulate_factors_",
+    "apply_update_",
+    "eigenvalue_correction_",
+    "kron_solve",
+    "sampled_cross_entropy",
+)
 
 
 def public_arguments(operation: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -24,6 +31,10 @@ def public_arguments(operation: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "accumulate_factors_": (
             ([acc], [kk.PackedSymmetric(3)], [rows[:, :5]], [rows[:, :3]], mask),
             {"ones_column": True},
+        ),
+        "apply_update_": (
+            ([torch.randn(4, 6).half(), torch.randn(3)], [rows, rows[0, :3]], 0.5, [rows, rows[1, :3]]),
+            {},
         ),
         "eigenvalue_correction_": ((torch.zeros(6, 5), g, a, q_out, q_in), {}),
         "kron_solve": ((torch.randn(6, 5), q_out, q_in, (torch.rand(6), torch.rand(5)), 0.1), {}),
@@ -46,6 +57,11 @@ def schema_arguments(operation: str) -> list[tuple[Any, ...]]:
         "accumulate_factors_": [
             ([packed, torch.zeros(9)], [130, 3], [x, x[:, :2]], [mask, None], [False, True], False),
             ([], [], [], [], [], False),
+        ],
+        "apply_update_": [
+            ([torch.randn(7, 130), torch.randn(4).half()], [x, torch.randn(4)], -2.0, [x, torch.randn(4)]),
+            ([torch.randn(7, 130)], [x], 1.0, []),
+            ([], [], 1.0, []),
         ],
         "eigenvalue_correction_": [
             (torch.zeros(6, 5), g, a, q_out, q_in, None, False),
@@ -85,6 +101,11 @@ def calls() -> dict[str, Callable[..., Any]]:
         )
         return one.sum() + two
 
+    def applied(x: torch.Tensor) -> torch.Tensor:
+        one, two = x.sin(), torch.ones(3)
+        found = kk.apply_update_([one, two], [x, x[0, :3]], 0.5, [x.cos(), x[1, :3]])
+        return one * 2 + two.sum() + found.float().sum()
+
     def correction(x: torch.Tensor) -> torch.Tensor:
         g, a = x.reshape(1, *x.shape)[..., :20], x.reshape(1, *x.shape)[..., 20:30]
         return kk.eigenvalue_correction_(torch.zeros(20, 10), g, a) + 1
@@ -100,6 +121,7 @@ def calls() -> dict[str, Callable[..., Any]]:
     return {
         "syrk_": syrk,
         "accumulate_factors_": factors,
+        "apply_update_": applied,
         "eigenvalue_correction_": correction,
         "kron_solve": solve,
         "sampled_cross_entropy": entropy,

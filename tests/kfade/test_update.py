@@ -40,6 +40,43 @@ def test_apply_scales_and_remove_restores_every_bit(dtype: torch.dtype) -> None:
         change.remove_(net)
 
 
+def test_a_wider_model_keeps_its_own_bits() -> None:
+    net, change = model(torch.float64), update()
+    before = state(net)
+    change.apply_(net, scale=0.5)
+    expected = before["0.weight"] + 0.5 * change.tensors["0.weight"].double()
+    torch.testing.assert_close(net.state_dict()["0.weight"], expected, rtol=1e-15, atol=1e-16)
+
+
+def test_groups_of_weights_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for limit in (1 << 30, 1):
+        monkeypatch.setattr("kfade.update.GROUP_BYTES", limit)
+        net = model(torch.bfloat16)
+        update().apply_(net, 0.5)
+        states.append(state(net))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_file_in_16_bit_is_added_in_float32() -> None:
+    net, change = model(), update()
+    change.tensors = {name: value.bfloat16() for name, value in change.tensors.items()}
+    before = state(net)
+    change.apply_(net)
+    assert torch.equal(net.state_dict()["2.bias"], before["2.bias"] + change.tensors["2.bias"].float())
+
+
+def test_a_parameter_under_two_names_is_refused() -> None:
+    net = model(width=4)
+    net.add_module("3", nn.Linear(4, 4, bias=False))
+    net[3].weight = net[0].weight
+    twice = kfade.Update({"0.weight": torch.ones(4, 4), "3.weight": torch.ones(4, 4)})
+    before = state(net)
+    with pytest.raises(ValueError, match=r"3\.weight: tied to 0\.weight in the model"):
+        twice.apply_(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_removal_after_training_subtracts_and_reapplying_adds() -> None:
     net, change = model(), update()
     start = state(net)

@@ -1,0 +1,43 @@
+"""Definition of `apply_update_` in plain PyTorch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def require_distinct(weights: list[Tensor]) -> None:
+    """Raise ValueError for weights that share memory: their sum would depend on the order of additions.
+
+    Ranges of addresses are compared, so views that interleave count as sharing.
+    """
+    ranges = []
+    for i, w in enumerate(weights):
+        if any(step == 0 and size > 1 for size, step in zip(w.shape, w.stride(), strict=True)):
+            raise ValueError(f"weights[{i}] has strides {list(w.stride())}; an expanded tensor cannot be added to")
+        if w.numel():
+            last = sum((size - 1) * step for size, step in zip(w.shape, w.stride(), strict=True))
+            ranges.append((w.data_ptr(), w.data_ptr() + (last + 1) * w.element_size(), i))
+    ranges.sort()
+    for (_, end, i), (start, _, j) in pairwise(ranges):
+        if start < end:
+            first, second = sorted((i, j))
+            raise ValueError(
+                f"weights[{first}] and weights[{second}] overlap in memory; each weight must be given once"
+            )
+
+
+def run(weights: list[Tensor], deltas: list[Tensor], scale: float, gradients: list[Tensor]) -> Tensor:
+    require_distinct(weights)
+    device = weights[0].device if weights else None
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for i, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
+        step = scale * delta.double()
+        total[0] += step.square().sum()
+        if gradients:
+            total[1] += (step * gradients[i].double()).sum()
+        wide = torch.promote_types(weight.dtype, delta.dtype)
+        weight.copy_(weight.to(wide) + scale * delta.to(wide))
+    return total
