@@ -60,34 +60,39 @@ def halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _add_columns(x, out, length, row_limit, col_limit, scale, BM: tl.constexpr, BN: tl.constexpr):
+def _write_columns(
+    x, out, length, row_limit, col_limit, scale, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     m = tl.arange(0, BM)
     n = tl.arange(0, BN)
     where = out + (m[:, None] * length + n[None, :])
     inside = (m < row_limit)[:, None] & (n < col_limit)[None, :]
-    tl.store(where, tl.load(where, mask=inside, other=0.0) + scale * x, mask=inside)
+    x = scale * x
+    if ADD:
+        x += tl.load(where, mask=inside, other=0.0)
+    tl.store(where, x, mask=inside)
 
 
 @triton.jit
-def add_tile(x, out, length, row_limit, col_limit, scale, BM: tl.constexpr, BN: tl.constexpr):
-    """`out += scale · x` for a tile at `out` with rows of `length`, inside the limits.
+def write_tile(x, out, length, row_limit, col_limit, scale, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """`out = scale · x`, or `out += scale · x`, for a tile at `out` with rows of `length`, inside the limits.
 
-    In pieces of 64 columns: the whole tile's addresses and old values would not fit in registers
+    In pieces of at most 64 columns: the whole tile's addresses and old values would not fit in registers
     beside it.
     """
     if BN <= 64:
-        _add_columns(x, out, length, row_limit, col_limit, scale, BM, BN)
+        _write_columns(x, out, length, row_limit, col_limit, scale, ADD, BM, BN)
     else:
         H: tl.constexpr = BN // 2
         left, right = halves(x, BM, BN)
         if H <= 64:
-            _add_columns(left, out, length, row_limit, col_limit, scale, BM, H)
-            _add_columns(right, out + H, length, row_limit, col_limit - H, scale, BM, H)
+            _write_columns(left, out, length, row_limit, col_limit, scale, ADD, BM, H)
+            _write_columns(right, out + H, length, row_limit, col_limit - H, scale, ADD, BM, H)
         else:
             Q: tl.constexpr = BN // 4
             first, second = halves(left, BM, H)
             third, fourth = halves(right, BM, H)
-            _add_columns(first, out, length, row_limit, col_limit, scale, BM, Q)
-            _add_columns(second, out + Q, length, row_limit, col_limit - Q, scale, BM, Q)
-            _add_columns(third, out + 2 * Q, length, row_limit, col_limit - 2 * Q, scale, BM, Q)
-            _add_columns(fourth, out + 3 * Q, length, row_limit, col_limit - 3 * Q, scale, BM, Q)
+            _write_columns(first, out, length, row_limit, col_limit, scale, ADD, BM, Q)
+            _write_columns(second, out + Q, length, row_limit, col_limit - Q, scale, ADD, BM, Q)
+            _write_columns(third, out + 2 * Q, length, row_limit, col_limit - 2 * Q, scale, ADD, BM, Q)
+            _write_columns(fourth, out + 3 * Q, length, row_limit, col_limit - 3 * Q, scale, ADD, BM, Q)

@@ -9,22 +9,30 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..dispatch import Backend, declare
-from . import pytorch, reference
+from ..rotation import check_basis
+from . import pytorch, reference, triton
 
 
-def _check_basis(name: str, q: Tensor | None, rows: int, columns: int, lam: Tensor) -> None:
-    if q is None:
+def _check_tokens(g: Tensor, a: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Dense `[B, T, ·]`, or packed `[N, ·]` with the first row of each sequence."""
+    if cu_seqlens is None:
+        check.tensor("g", g, ndim=(3,))
+        check.shape("a", a, [*g.shape[:2], a.shape[-1]], "the same sequences and tokens as g")
         return
-    check.tensor(name, q, dtypes=(torch.bfloat16, *check.STATES), ndim=(2, 3))
-    if (q.ndim == 3) != (q.dtype == torch.bfloat16):
-        raise TypeError(
-            f"{name} is {q.dtype} with shape {list(q.shape)}; it must be float32 or float64 [n, m],"
-            " or a bfloat16 pair [2, n, m] (see bf16_pair)"
-        )
-    expected = [rows, columns] if q.ndim == 2 else [2, rows, columns]
-    check.shape(name, q, expected, "rows as the unrotated side, columns as lam")
-    check.same_device(name, q, "lam", lam.device)
-    check.not_wider(name, q.dtype, "lam", lam.dtype)
+    check.tensor("g", g, ndim=(2,))
+    check.shape("a", a, [g.shape[0], a.shape[-1]], "the same tokens as g")
+    check.tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32, torch.int64), ndim=(1,))
+    check.same_device("cu_seqlens", cu_seqlens, "g", g.device)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens is empty; it must have one entry more than there are sequences")
+    # Reading values would make a GPU wait.
+    if cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != g.shape[0] or sorted(ends) != ends:
+            raise ValueError(
+                f"cu_seqlens is {ends if len(ends) <= 9 else f'{ends[:4]} … {ends[-4:]}'};"
+                f" it must rise from 0 to {g.shape[0]}, the number of tokens"
+            )
 
 
 def _prepare(
@@ -36,33 +44,44 @@ def _prepare(
     mask: Tensor | None = None,
     *,
     ones_column: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Any, ...]:
     check.tensor("lam", lam, dtypes=check.STATES, ndim=(2,))
     for name, rows in (("g", g), ("a", a)):
-        check.tensor(name, rows, ndim=(3,))
+        check.tensor(name, rows, ndim=(3,) if cu_seqlens is None else (2,))
         check.same_device(name, rows, "lam", lam.device)
         check.not_wider(name, rows.dtype, "lam", lam.dtype)
-    check.shape("a", a, [*g.shape[:2], a.shape[2]], "the same sequences and tokens as g")
-    width_in = a.shape[2] + int(ones_column)
+    _check_tokens(g, a, cu_seqlens)
+    width_in = a.shape[-1] + int(ones_column)
     if q_out is None:
-        check.shape("g", g, [*g.shape[:2], lam.shape[0]], "the last dimension as the rows of lam")
+        check.shape("g", g, [*g.shape[:-1], lam.shape[0]], "the last dimension as the rows of lam")
     if q_in is None and width_in != lam.shape[1]:
         raise ValueError(
             f"a has shape {list(a.shape)}; its last dimension must be"
             f" {lam.shape[1] - int(ones_column)} (lam has {lam.shape[1]} columns)"
         )
-    _check_basis("q_out", q_out, g.shape[2], lam.shape[0], lam)
-    _check_basis("q_in", q_in, width_in, lam.shape[1], lam)
-    keep = None if mask is None else check.row_mask("mask", mask, g.shape[:2], g.device)
-    return lam, g, a, q_out, q_in, keep, ones_column
+    for name, q, rows_of_q, columns in (
+        ("q_out", q_out, g.shape[-1], lam.shape[0]),
+        ("q_in", q_in, width_in, lam.shape[1]),
+    ):
+        if q is not None:
+            check_basis(name, q, rows_of_q, columns, "lam", lam.device)
+            check.not_wider(name, q.dtype, "lam", lam.dtype)
+    keep = None if mask is None else check.row_mask("mask", mask, g.shape[:-1], g.device)
+    return lam, g, a, q_out, q_in, keep, ones_column, cu_seqlens
 
 
 _correct = declare(
     "eigenvalue_correction_",
-    "(Tensor(a!) lam, Tensor g, Tensor a, Tensor? q_out, Tensor? q_in, Tensor? mask, bool ones_column) -> ()",
+    "(Tensor(a!) lam, Tensor g, Tensor a, Tensor? q_out, Tensor? q_in, Tensor? mask, bool ones_column,"
+    " Tensor? cu_seqlens) -> ()",
     _prepare,
     lambda *_: None,
-    [Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration), Backend("reference", reference.run)],
+    [
+        Backend("triton", triton.run, triton.refuses, triton.configuration),
+        Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
+        Backend("reference", reference.run),
+    ],
 )
 
 
@@ -75,6 +94,7 @@ def eigenvalue_correction_(
     mask: Tensor | None = None,
     *,
     ones_column: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Add `Σ_b (Q_outᵀ G_b Q_in)∘²` to `lam`, with `G_b = g_bᵀ a_b` the gradient of sequence b.
 
@@ -83,13 +103,15 @@ def eigenvalue_correction_(
 
     Args:
         lam: `[d_out, d_in]` (+ 1 column with `ones_column`), float32 or float64, updated in place.
-        g: output gradients `[B, T, d_out]`, already rotated if `q_out` is None.
-        a: inputs `[B, T, d_in]`, already rotated if `q_in` is None.
+        g: output gradients `[B, T, d_out]`, or packed `[N, d_out]`; already rotated if `q_out` is None.
+        a: inputs `[B, T, d_in]`, or packed `[N, d_in]`; already rotated if `q_in` is None.
         q_out: eigenvectors in columns `[d_out, d_out]`, or a bfloat16 pair `[2, d_out, d_out]`.
         q_in: the same for the input side.
-        mask: 0/1 `[B, T]`; a token whose mask is 0 is left out whatever it holds.
+        mask: 0/1 `[B, T]` (packed: `[N]`); a token whose mask is 0 is left out whatever it holds.
         ones_column: `a` stands for itself with one last column of ones (a layer with a bias). An
             `a` that is rotated already has that column inside: leave this off.
+        cu_seqlens: int32 or int64 `[B + 1]`, rising from 0 to N: tokens are packed, and sequence b has rows
+            `cu_seqlens[b] … cu_seqlens[b + 1]` of g and a. Its values are checked on a CPU alone.
 
     Returns:
         `lam`.
@@ -101,5 +123,5 @@ def eigenvalue_correction_(
     Cost a sequence: `2·T·d_out·d_in` FLOPs for the product, and for each side the cheaper of rotating
     its tokens and rotating the gradient. Nothing of size `B·d_out·d_in` is allocated.
     """
-    _correct(*_prepare(lam, g, a, q_out, q_in, mask, ones_column=ones_column))
+    _correct(*_prepare(lam, g, a, q_out, q_in, mask, ones_column=ones_column, cu_seqlens=cu_seqlens))
     return lam

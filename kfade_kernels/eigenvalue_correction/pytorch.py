@@ -21,11 +21,20 @@ from ..precision import HAS_BF16_OPERANDS, bf16_operands
 from ..rotation import rotate, rotates_tokens
 from ..rotation.reference import basis
 from ..syrk.reference import append_ones
+from .reference import sequences
 
 TILE_ELEMENTS = 1 << 20
 
 
-def _accumulate_tiles(lam: Tensor, g: Tensor, a: Tensor) -> None:
+def _product(g: Tensor, a: Tensor, out: Tensor) -> None:
+    """`out = gᵀ a`; a GPU multiplies 16-bit rows as they are, with float32 sums."""
+    if g.dtype == out.dtype:
+        torch.mm(g.T, a, out=out)
+    else:
+        out.copy_(torch.mm(g.T, a, out_dtype=out.dtype))
+
+
+def _accumulate_tiles(lam: Tensor, g: Tensor, a: Tensor, parts: list[tuple[int, int]]) -> None:
     """`lam += Σ_b (g_bᵀ a_b)∘²`, by row tiles of `lam`."""
     d_out, d_in = lam.shape
     rows = max(1, min(d_out, TILE_ELEMENTS // d_in))
@@ -33,16 +42,18 @@ def _accumulate_tiles(lam: Tensor, g: Tensor, a: Tensor) -> None:
     for start in range(0, d_out, rows):
         tile = lam[start : start + rows]
         product = buffer[: tile.shape[0]]
-        columns = g[:, :, start : start + rows]
-        for sequence in range(g.shape[0]):
-            torch.mm(columns[sequence].T, a[sequence], out=product)
+        columns = g[:, start : start + rows]
+        for first, last in parts:
+            _product(columns[first:last], a[first:last], product)
             tile.addcmul_(product, product)
 
 
-def _accumulate_rotated(lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None) -> None:
+def _accumulate_rotated(
+    lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None, parts: list[tuple[int, int]]
+) -> None:
     """The same, with the sides that are left rotated as gradients, one sequence at a time."""
-    for sequence in range(g.shape[0]):
-        gradient = g[sequence].T @ a[sequence]
+    for first, last in parts:
+        gradient = g[first:last].T @ a[first:last]
         if q_out is not None:
             gradient = q_out.T @ gradient
         if q_in is not None:
@@ -58,14 +69,19 @@ def run(
     q_in: Tensor | None,
     mask: Tensor | None,
     ones_column: bool,
+    cu_seqlens: Tensor | None,
 ) -> None:
-    if g.shape[0] == 0 or g.shape[1] == 0:
+    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = g.shape[:-1].numel()
+    if batch == 0 or rows == 0:
         return
+    parts = sequences(batch, rows, cu_seqlens)
+    tokens = -(-rows // batch)
+    g, a = g.flatten(0, -2), a.flatten(0, -2)
     if mask is not None and not bool(mask.all()):
-        dropped = ~mask.view(*g.shape[:2], 1)
+        dropped = ~mask.unsqueeze(1)
         g, a = g.masked_fill(dropped, 0), a.masked_fill(dropped, 0)
     d_out, d_in = lam.shape
-    tokens = g.shape[1]
     if q_out is not None and rotates_tokens(tokens, d_in):
         g, q_out = rotate(g, q_out), None
     if q_in is not None and rotates_tokens(tokens, d_out):
@@ -73,35 +89,46 @@ def run(
     elif ones_column:
         a = append_ones(a)
     narrow = g.dtype == a.dtype == torch.bfloat16 and lam.dtype == torch.float32
-    g, a = g.to(lam.dtype), a.to(lam.dtype)
-    if tokens == 1 and q_out is None and q_in is None:
+    whole = q_out is None and q_in is None
+    if not (g.is_cuda and whole and g.dtype == a.dtype and g.dtype.itemsize == 2 and rows != batch):
+        g, a = g.to(lam.dtype), a.to(lam.dtype)
+    if rows == batch and whole and cu_seqlens is None:
         # A single token factorises: (g aᵀ)∘² = g∘² (a∘²)ᵀ, so all sequences are one product.
-        lam.addmm_(g[:, 0].square().T, a[:, 0].square())
+        lam.addmm_(g.square().T, a.square())
         return
-    if q_out is None and q_in is None:
+    if whole:
         with bf16_operands(narrow):
-            _accumulate_tiles(lam, g, a)
+            _accumulate_tiles(lam, g, a, parts)
         return
-    _accumulate_rotated(
-        lam,
-        g,
-        a,
-        None if q_out is None else basis(q_out, lam.dtype),
-        None if q_in is None else basis(q_in, lam.dtype),
-    )
+    left, right = (None if q is None else basis(q, lam.dtype) for q in (q_out, q_in))
+    _accumulate_rotated(lam, g, a, left, right, parts)
 
 
 def refuses(lam: Tensor, *_: object) -> str | None:
-    return None if lam.device.type == "cpu" else f"lam is on {lam.device}"
+    return None if lam.device.type in ("cpu", "cuda") else f"lam is on {lam.device}"
 
 
-def configuration(lam: Tensor, g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None, *_: object) -> str:
-    tokens = g.shape[1]
-    sides = [
+def configuration(
+    lam: Tensor,
+    g: Tensor,
+    a: Tensor,
+    q_out: Tensor | None,
+    q_in: Tensor | None,
+    mask: Tensor | None,
+    ones_column: bool,
+    cu_seqlens: Tensor | None,
+) -> str:
+    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    narrow = g.dtype == a.dtype == torch.bfloat16 and HAS_BF16_OPERANDS
+    rows = max(1, min(lam.shape[0], TILE_ELEMENTS // lam.shape[1]))
+    sides = describe_sides(lam, -(-g.shape[:-1].numel() // max(1, batch)), q_out, q_in)
+    return ", ".join([f"tiles of {rows} rows", *sides, "bf16 operands" if narrow else str(lam.dtype)])
+
+
+def describe_sides(lam: Tensor, tokens: int, q_out: Tensor | None, q_in: Tensor | None) -> list[str]:
+    """How each side that has a basis is rotated, in words."""
+    return [
         f"{side} rotated as {'tokens' if rotates_tokens(tokens, width) else 'gradient'}"
         for side, q, width in (("output", q_out, lam.shape[1]), ("input", q_in, lam.shape[0]))
         if q is not None
     ]
-    narrow = g.dtype == a.dtype == torch.bfloat16 and HAS_BF16_OPERANDS
-    rows = max(1, min(lam.shape[0], TILE_ELEMENTS // lam.shape[1]))
-    return ", ".join([f"tiles of {rows} rows", *sides, "bf16 operands" if narrow else str(lam.dtype)])

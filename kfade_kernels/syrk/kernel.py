@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import add_tile, triangular_tile
+from ..tiles import triangular_tile, write_tile
 
 # Columns of the table.
 FIELDS = 11  # end, x, packed, mask, rows, width, order, row stride, splits, first partial tile, end of tiles
@@ -123,7 +123,7 @@ def syrk_kernel(
                     row_limit = tl.full((), BM, tl.int32)
                     col_limit = tl.full((), BN, tl.int32)
                     scale = tl.full((), 1.0, tl.float32)
-                add_tile(acc, out, length, row_limit, col_limit, scale, BM, BN)
+                write_tile(acc, out, length, row_limit, col_limit, scale, True, BM, BN)
         start = end
 
 
@@ -168,7 +168,7 @@ def syrk_reduce_kernel(
         for split in range(splits):
             acc += tl.load(partials + (partial + split * tiles + tile) * (BM * BN) + at)
         out, length = _packed_place(packed, row0, col0, order, PANEL)
-        add_tile(acc, out, length, width - row0, tl.minimum(width, length) - col0, alpha, STRIP, BN)
+        write_tile(acc, out, length, width - row0, tl.minimum(width, length) - col0, alpha, True, STRIP, BN)
 
 
 @triton.jit

@@ -128,6 +128,79 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(*twice)
 
 
+def packed(lengths: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of sequences of these lengths, padded `[B, T, width]` with NaN and laid end to end `[N, width]`."""
+    padded = torch.full((len(lengths), max(lengths), width), torch.nan, dtype=dtype)
+    for row, length in zip(padded, lengths, strict=True):
+        row[:length] = torch.randn(length, width).to(dtype)
+    return padded, torch.cat([row[:length] for row, length in zip(padded, lengths, strict=True)])
+
+
+LENGTHS = [5, 1, 0, 40, 7, 0, 3, 64, 2]
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("d_out", "d_in"), [(33, 20), (5, 7), (130, 70)])
+def test_packed_sequences(
+    backend: str, d_out: int, d_in: int, dtype: torch.dtype, masked: bool, index: torch.dtype
+) -> None:
+    """Unequal lengths, some of them 0, give what padding and a mask give; long and short against the widths."""
+    g_padded, g = packed(LENGTHS, d_out, dtype)
+    a_padded, a = packed(LENGTHS, d_in, dtype)
+    keep = torch.arange(g_padded.shape[1]) < torch.tensor(LENGTHS).unsqueeze(1)
+    mask = None
+    if masked:
+        mask = torch.rand(len(g)) > 0.3
+        keep[keep.clone()] = mask
+        a[~mask], a_padded[~keep] = torch.inf, torch.inf
+    q_out, q_in = orthogonal(d_out, state(dtype)), orthogonal(d_in + 1, state(dtype))
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(index)
+    lam = torch.zeros(d_out, d_in + 1, dtype=state(dtype))
+    kk.eigenvalue_correction_(lam, g, a, q_out, q_in, mask, ones_column=True, cu_seqlens=cu_seqlens)
+    plain, truth = (
+        squared_gradients(g_padded, a_padded, q_out, q_in, keep, ones=True, dtype=kind)
+        for kind in (state(dtype), torch.float64)
+    )
+    assert_as_accurate(lam, plain, truth, times=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_rotated_already(backend: str, dtype: torch.dtype) -> None:
+    """No basis at all, packed and dense, wide enough for several tiles and for sequences split in parts."""
+    lengths = [6] * 9
+    g_padded, g = packed(lengths, 72, dtype)
+    a_padded, a = packed(lengths, 40, dtype)
+    dense, laid = (torch.zeros(72, 40, dtype=state(dtype)) for _ in "ab")
+    kk.eigenvalue_correction_(dense, g_padded, a_padded)
+    kk.eigenvalue_correction_(laid, g, a, cu_seqlens=torch.arange(0, 55, 6))
+    plain, truth = (squared_gradients(g_padded, a_padded, None, None, dtype=t) for t in (state(dtype), torch.float64))
+    for lam in (dense, laid):
+        assert_as_accurate(lam, plain, truth, times=8)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        (torch.tensor([0, 3, 7]), ValueError, r"cu_seqlens is \[0, 3, 7\]; it must rise from 0 to 6"),
+        (torch.tensor([1, 3, 6]), ValueError, "cu_seqlens is"),
+        (torch.tensor([0, 4, 3, 6]), ValueError, "cu_seqlens is"),
+        (torch.zeros(0, dtype=torch.int64), ValueError, "cu_seqlens is empty"),
+        (torch.zeros(2, 2, dtype=torch.int64), ValueError, "cu_seqlens has shape"),
+        (torch.tensor([0.0, 6.0]), TypeError, "cu_seqlens is torch.float32"),
+        (torch.tensor([0, 6], device="meta"), ValueError, "cu_seqlens is on meta"),
+        ([0, 6], TypeError, "cu_seqlens is a list"),
+    ],
+)
+def test_refuses_bad_sequence_ends(cu_seqlens: Any, error: type[Exception], message: str) -> None:
+    lam = torch.zeros(6, 5)
+    with pytest.raises(error, match=message):
+        kk.eigenvalue_correction_(lam, torch.zeros(6, 6), torch.zeros(6, 5), cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="g has shape"):
+        kk.eigenvalue_correction_(lam, torch.zeros(2, 3, 6), torch.zeros(2, 3, 5), cu_seqlens=torch.tensor([0, 6]))
+
+
 def test_tiles_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     g, a = torch.randn(3, 4, 50), torch.randn(3, 4, 8)
     whole = kk.eigenvalue_correction_(torch.zeros(50, 8), g, a)
@@ -139,7 +212,7 @@ def test_no_tensor_of_all_gradients() -> None:
     g, a = torch.randn(16, 3, 64), torch.randn(16, 3, 64)
     sizes = Sizes()
     with sizes:
-        pytorch.run(torch.zeros(64, 64), g, a, orthogonal(64, torch.float32), None, None, False)
+        pytorch.run(torch.zeros(64, 64), g, a, orthogonal(64, torch.float32), None, None, False, None)
     assert sizes.largest <= 64 * 64
 
 
