@@ -1,4 +1,4 @@
-"""`rotate` in PyTorch: one product, or two 16-bit ones with a bfloat16 pair."""
+"""`rotate` in PyTorch: one product, of twice the depth with a bfloat16 pair."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ def run(x: Tensor, q: Tensor, ones_column: bool) -> Tensor:
 
 
 def _rotate_pair(x: Tensor, q: Tensor, ones_column: bool) -> Tensor:
-    rows = q.shape[1] - int(ones_column)
+    """`[x, x] · [high; low]`: one product, whose sum over both parts is rounded to bfloat16 once."""
     flat = x.reshape(-1, x.shape[-1])
-    high, low = q.unbind(0)
-    rotated = flat @ high[:rows]
-    if ones_column:
-        rotated.add_(high[rows])
-        low_part = torch.addmm(low[rows], flat, low[:rows])
-        return rotated.add_(low_part).view(*x.shape[:-1], -1)
-    return torch.addmm(rotated, flat, low).view(*x.shape[:-1], -1)
+    part = [flat, flat.new_ones(flat.shape[0], 1)] if ones_column else [flat]
+    rotated = torch.cat(part + part, dim=1) @ q.flatten(0, 1)
+    return rotated.view(*x.shape[:-1], q.shape[-1])
 
 
 def refuses(x: Tensor, *_: object) -> str | None:
@@ -35,4 +31,4 @@ def refuses(x: Tensor, *_: object) -> str | None:
 
 def configuration(x: Tensor, q: Tensor, ones_column: bool) -> str:
     pair = q.ndim == 3 and x.dtype == torch.bfloat16
-    return "two bfloat16 products" if pair else f"one {torch.float32 if q.ndim == 3 else q.dtype} product"
+    return "one bfloat16 product of twice the depth" if pair else f"one {torch.float32 if q.ndim == 3 else q.dtype} product"

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from kfade_kernels import PackedSymmetric, kron_solve
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from .config import DAMPINGS, FitConfig
 from .layers import WeightAndBias
+
+# Elements of the gradients that are solved for in one call: it holds three buffers of that size.
+SOLVED_TOGETHER = 1 << 28
 
 _State = TypeVar("_State", Tensor, PackedSymmetric)
 
@@ -110,26 +113,18 @@ class LayerCurvature:
         """The absolute damping: `value`, or `value` times the mean eigenvalue."""
         return value * self.mean_eigenvalue() if kind == "relative" else value
 
-    def solve(self, matrix: Tensor, damping: float) -> Tensor:
-        """`(F + λI)⁻¹` applied to `matrix [d_out, d_in (+ 1)]` or a batch of them; λ absolute."""
+    def check_matrix(self, matrix: Tensor) -> None:
+        """Raise ValueError unless a matrix, or a batch of them, is `[d_out, d_in (+ 1)]`."""
         if matrix.shape[-2:] != (self.d_out, self.width_in):
             raise ValueError(
                 f"the gradient of {self.name} has shape {list(matrix.shape)}; it must be {[self.d_out, self.width_in]}"
             )
+
+    def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        """`(F + λI)⁻¹` applied to `matrix [d_out, d_in (+ 1)]` or a batch of them; λ absolute."""
+        self.check_matrix(matrix)
         _check_damping(damping)
-        if self.q_out is None or self.q_in is None:
-            if self.lambda_sum is None:
-                return matrix / (1 + damping)
-            return matrix.to(self.lambda_sum.dtype) / (self.eigenvalues() + damping)
-        if self.lambda_sum is not None:
-            return kron_solve(matrix, self.q_out, self.q_in, self.eigenvalues(), damping)
-        return kron_solve(
-            matrix,
-            self.q_out,
-            self.q_in,
-            (self._need(self.lambda_out, "λ_S"), self._need(self.lambda_in, "λ_A")),
-            damping,
-        )
+        return _solve([self], [matrix], [damping])[0]
 
     def product(self, left: Tensor, right: Tensor) -> float:
         """`leftᵀ F right` for two matrices `[d_out, d_in (+ 1)]`."""
@@ -156,6 +151,49 @@ class LayerCurvature:
         weight = matrix[:, : self.d_in]
         weight = weight.T.contiguous() if self.transposed else weight.contiguous()
         return WeightAndBias(weight, matrix[:, self.d_in].contiguous()) if self.has_bias else weight
+
+
+def _solve(layers: Sequence[LayerCurvature], matrices: Sequence[Tensor], dampings: Sequence[float]) -> list[Tensor]:
+    """`(F + λI)⁻¹` of each layer applied to its matrix; layers with eigenvectors go together, a few at a time."""
+    solved: list[Tensor | None] = [None] * len(layers)
+    rotated = []
+    for i, (layer, matrix, damping) in enumerate(zip(layers, matrices, dampings, strict=True)):
+        if layer.q_out is not None and layer.q_in is not None:
+            rotated.append(i)
+        elif layer.lambda_sum is None:
+            solved[i] = matrix / (1 + damping)
+        else:
+            solved[i] = matrix.to(layer.lambda_sum.dtype) / (layer.eigenvalues() + damping)
+    for group in _groups(rotated, [matrix.numel() for matrix in matrices]):
+        problems = [_kron_arguments(layers[i], matrices[i], dampings[i]) for i in group]
+        for i, solution in zip(
+            group, kron_solve(*(list(column) for column in zip(*problems, strict=True))), strict=True
+        ):
+            # Λ went in as its raw sum, T times too large, and so did λ.
+            solved[i] = solution.mul_(max(1, layers[i].losses)) if layers[i].lambda_sum is not None else solution
+    return [x for x in solved if x is not None]
+
+
+def _groups(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Consecutive indices whose sizes sum to at most `SOLVED_TOGETHER`, or single ones."""
+    group: list[int] = []
+    for i in indices:
+        if group and sum(sizes[j] for j in group) + sizes[i] > SOLVED_TOGETHER:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _kron_arguments(layer: LayerCurvature, matrix: Tensor, damping: float) -> tuple[Any, ...]:
+    """Arguments of `kron_solve`. The raw sum of Λ saves a copy of it: the solution is then T times too small."""
+    eigenvalues: Tensor | tuple[Tensor, Tensor]
+    if layer.lambda_sum is not None:
+        eigenvalues, damping = layer.lambda_sum, damping * max(1, layer.losses)
+    else:
+        eigenvalues = (layer._need(layer.lambda_out, "λ_S"), layer._need(layer.lambda_in, "λ_A"))
+    return matrix, layer.output_eigenvectors(), layer.input_eigenvectors(), eigenvalues, damping
 
 
 class Curvature(Mapping[str, LayerCurvature]):
@@ -208,11 +246,16 @@ class Curvature(Mapping[str, LayerCurvature]):
         unknown = sorted(set(gradients) - set(self.layers))
         if unknown:
             raise ValueError(f"gradients has unknown layers {unknown}; the curvature has {sorted(self.layers)}")
-        result = {}
-        for name, value in gradients.items():
-            layer = self.layers[name]
-            result[name] = layer.part(layer.solve(layer.join(value), layer.damping(damping, kind)))
-        return result
+        solved = self.solve_matrices({n: self.layers[n].join(value) for n, value in gradients.items()}, damping, kind)
+        return {name: self.layers[name].part(matrix) for name, matrix in solved.items()}
+
+    def solve_matrices(self, matrices: Mapping[str, Tensor], damping: float, kind: str) -> dict[str, Tensor]:
+        """The same for gradients `[d_out, d_in (+ 1)]` by layer name, with the solutions in that form too."""
+        layers = [self.layers[name] for name in matrices]
+        for layer, matrix in zip(layers, matrices.values(), strict=True):
+            layer.check_matrix(matrix)
+        dampings = [layer.damping(damping, kind) for layer in layers]
+        return dict(zip(matrices, _solve(layers, list(matrices.values()), dampings), strict=True))
 
     def save(self, directory: str | Path) -> None:
         """Write a directory that `load` reads; see `kfade.storage`."""

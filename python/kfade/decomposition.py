@@ -42,11 +42,12 @@ def decompose(total: PackedSymmetric, count: int) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(dense)
         if _is_accurate(dense, values, vectors):
-            return values.clamp_(min=0), vectors
+            # By rows, as they are saved: a loaded curvature then gives the same bits.
+            return values.clamp_(min=0), vectors.contiguous()
     except torch.linalg.LinAlgError:
         pass
     try:
         values, vectors = torch.linalg.eigh(dense.double())
     except torch.linalg.LinAlgError as error:
         raise RuntimeError(f"eigh of a factor of order {total.n} failed in float64 too: {error}") from error
-    return values.clamp_(min=0).to(dense.dtype), vectors.to(dense.dtype)
+    return values.clamp_(min=0).to(dense.dtype), vectors.to(dense.dtype).contiguous()

@@ -436,12 +436,8 @@ class _Stepper:
 
     def _solve(self, gradient: Matrices) -> Matrices:
         assert self.curvature is not None
-        solved = {}
-        for name, matrix in gradient.items():
-            layer = self.curvature[name]
-            damping = layer.damping(self.config.damping, self.config.damping_kind)
-            solved[name] = layer.solve(matrix, damping).to(self.run.dtype)
-        return solved
+        solved = self.curvature.solve_matrices(gradient, self.config.damping, self.config.damping_kind)
+        return {name: matrix.to(self.run.dtype) for name, matrix in solved.items()}
 
     def _directions(self, number: int) -> tuple[Matrices, Matrices | None, float]:
         """The solved forget gradient; from the second step on that of the retain KL, and how fast it lowers it."""
