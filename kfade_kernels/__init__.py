@@ -12,7 +12,7 @@ from .kron_solve import kron_solve
 from .packed import PackedSymmetric
 from .precision import bf16_pair
 from .rotation import rotate
-from .sampled_cross_entropy import CrossEntropy, counter_uniform, sampled_cross_entropy
+from .sampled_cross_entropy import CrossEntropy, counter_bits, counter_uniform, gumbel_noise, sampled_cross_entropy
 from .syrk import syrk_
 
 __all__ = [
@@ -22,9 +22,11 @@ __all__ = [
     "accumulate_factors_",
     "apply_update_",
     "bf16_pair",
+    "counter_bits",
     "counter_uniform",
     "eigenvalue_correction_",
     "explain",
+    "gumbel_noise",
     "kron_solve",
     "operations",
     "rotate",

@@ -30,7 +30,7 @@ from .devices import ARCHITECTURES, Device, by_architecture
 from .triton_support import Variant, triton_version
 
 # Folders whose `triton.py` says which variants there are.
-KERNELS = ("apply_update", "syrk",)
+KERNELS = ("apply_update", "eigenvalue_correction", "product", "sampled_cross_entropy", "syrk")
 
 # A multiprocessor: registers, threads, programs.
 _REGISTERS, _THREADS, _PROGRAMS = 65536, 2048, 32

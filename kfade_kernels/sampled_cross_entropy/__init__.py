@@ -9,7 +9,10 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..dispatch import Backend, declare
-from . import pytorch, reference
+from . import pytorch, reference, triton
+from .noise import counter_bits, counter_uniform, gumbel_noise
+
+__all__ = ["CrossEntropy", "counter_bits", "counter_uniform", "gumbel_noise", "sampled_cross_entropy"]
 
 
 class CrossEntropy(NamedTuple):
@@ -24,16 +27,19 @@ def _prepare(
     x: Tensor,
     uniform: Tensor | None = None,
     labels: Tensor | None = None,
+    keys: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     chunk_rows: int = 0,
 ) -> tuple[Any, ...]:
     check.tensor("x", x, ndim=(2,))
-    if (uniform is None) == (labels is None):
+    choices = {"uniform": uniform, "labels": labels, "keys": keys}
+    given = [name for name, value in choices.items() if value is not None]
+    if len(given) != 1:
         raise ValueError(
-            "uniform and labels are both given or both absent; exactly one of them must be given"
-            " (uniform samples labels, labels takes them as they are)"
+            f"{' and '.join(given) or 'nothing'} is given of uniform, labels and keys; it must be exactly one of them"
+            " (uniform and keys sample labels, labels takes them as they are)"
         )
     vocabulary = x.shape[1]
     if weight is not None:
@@ -55,9 +61,13 @@ def _prepare(
         check.tensor("labels", labels, dtypes=(torch.int64,), ndim=(1,))
         check.shape("labels", labels, [x.shape[0]], "one label for each row of x")
         check.same_device("labels", labels, "x", x.device)
+    if keys is not None:
+        check.tensor("keys", keys, dtypes=(torch.int64,), ndim=(1,))
+        check.shape("keys", keys, [x.shape[0]], "one random key for each row of x")
+        check.same_device("keys", keys, "x", x.device)
     if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 0:
         raise ValueError(f"chunk_rows is {chunk_rows!r}; it must be a number of rows, or 0 to choose one")
-    return x, weight, bias, uniform, labels, chunk_rows
+    return x, weight, bias, uniform, labels, keys, chunk_rows
 
 
 def _fake(
@@ -66,6 +76,7 @@ def _fake(
     bias: Tensor | None,
     uniform: Tensor | None,
     labels: Tensor | None,
+    keys: Tensor | None,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
@@ -77,11 +88,15 @@ def _fake(
 
 _sample = declare(
     "sampled_cross_entropy",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? uniform, Tensor? labels, int chunk_rows)"
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? uniform, Tensor? labels, Tensor? keys, int chunk_rows)"
     " -> (Tensor labels, Tensor grad, Tensor nll)",
     _prepare,
     _fake,
-    [Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration), Backend("reference", reference.run)],
+    [
+        Backend("triton", triton.run, triton.refuses, triton.configuration),
+        Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
+        Backend("reference", reference.run),
+    ],
 )
 
 
@@ -89,6 +104,7 @@ def sampled_cross_entropy(
     x: Tensor,
     uniform: Tensor | None = None,
     labels: Tensor | None = None,
+    keys: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -100,47 +116,28 @@ def sampled_cross_entropy(
     states before the output projection, the logits exist only by chunks of rows, and the gradient
     returned is the one on x: memory does not grow with rows × vocabulary.
 
+    Exactly one of `uniform`, `keys` and `labels` chooses the labels. The caller owns the randomness: equal
+    numbers give equal labels whatever the chunks, batches, ranks or backend, as long as the logits round alike.
+
     Args:
         x: logits `[N, V]`, or hidden states `[N, d]` when `weight` is given; any float dtype.
         uniform: numbers in [0, 1), `[N]`; row i gets the first word whose cumulative probability
-            exceeds `uniform[i]`. The caller owns the randomness (see `counter_uniform`), so equal
-            numbers give equal labels whatever the chunks, batches or ranks.
-        labels: int64 `[N]` in [0, V), instead of `uniform`: the empirical Fisher, or plain training.
+            exceeds `uniform[i]`: cheap on a CPU. See `counter_uniform`.
+        labels: int64 `[N]` in [0, V), instead of a sample: the empirical Fisher, or plain training.
+        keys: int64 `[N]`, random bits that should differ from row to row (see `counter_bits`); row i gets
+            the word with the largest sum of logit and `gumbel_noise(keys[i], word)`, the lowest of equals: one
+            pass over words, cheap on a GPU. The sum is in float32 (float64 for float64 x).
         weight: output projection `[V, d]`, dtype of x.
         bias: its bias `[V]`.
-        chunk_rows: rows of one chunk; 0 keeps a chunk of logits within 64 MiB.
+        chunk_rows: rows of one chunk; 0 keeps a chunk of logits within 64 MiB (256 MiB on a GPU, where the
+            vocabulary comes in chunks too).
 
     Returns:
-        `labels [N]` int64, `grad` (shape and dtype of x), `nll [N]` in float32 (float64 for float64 x).
+        `labels [N]` int64, `grad` (shape and dtype of x), `nll [N]` in float32 (float64 for float64 x). A word
+        whose logit is -inf is never drawn; a row that holds a NaN gives a gradient of NaN.
 
     Raises:
         TypeError: an argument is not of its type or dtype.
-        ValueError: shapes or devices do not agree, or not exactly one of `uniform` and `labels` is given.
+        ValueError: shapes or devices do not agree, or not exactly one of `uniform`, `labels` and `keys` is given.
     """
-    return CrossEntropy(*_sample(*_prepare(x, uniform, labels, weight=weight, bias=bias, chunk_rows=chunk_rows)))
-
-
-def _mix(z: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele et al. 2014) on int64, whose arithmetic wraps."""
-
-    def shift(v: Tensor, bits: int) -> Tensor:
-        return (v >> bits) & ((1 << (64 - bits)) - 1)
-
-    z = (z ^ shift(z, 30)) * -0x40A7B892E31B1A47
-    z = (z ^ shift(z, 27)) * -0x6B2FB644ECCEEE15
-    return z ^ shift(z, 31)
-
-
-def counter_uniform(keys: Tensor, counters: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) that depend on nothing but a key and a counter.
-
-    Args:
-        keys: int64, any shape: what the stream belongs to (a sequence, a seed).
-        counters: int64, broadcast against `keys`: the position in the stream.
-
-    Returns:
-        float32, 24 random bits each.
-    """
-    golden = -0x61C8864680B583EB
-    bits = _mix(_mix(keys + golden) + counters * golden)
-    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    return CrossEntropy(*_sample(*_prepare(x, uniform, labels, keys, weight=weight, bias=bias, chunk_rows=chunk_rows)))

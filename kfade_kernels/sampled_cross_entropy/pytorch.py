@@ -1,7 +1,8 @@
-"""`sampled_cross_entropy` on a CPU: a few hundred rows at a time, in one reused block of logits.
+"""`sampled_cross_entropy` in PyTorch: a few hundred rows at a time, in one reused block of logits.
 
-The sample is found in two steps: the probabilities are summed in blocks of `BLOCK` words, the uniform
-picks a block, and only that block is scanned.
+A uniform finds its word in two steps: the probabilities are summed in blocks of `BLOCK` words, the uniform
+picks a block, and only that block is scanned. Keys cost the noise of every word in int64 arithmetic, several
+times the time of all the rest and about six blocks of temporaries.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .noise import vocabulary_noise
 from .reference import compute_dtype
 
 BLOCK = 256
@@ -46,6 +48,7 @@ def run(
     bias: Tensor | None,
     uniform: Tensor | None,
     labels: Tensor | None,
+    keys: Tensor | None,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     vocabulary = x.shape[1] if weight is None else weight.shape[0]
@@ -61,6 +64,8 @@ def run(
         logits = x[rows] if weight is None else torch.nn.functional.linear(x[rows], weight, bias)
         log_p = torch.log_softmax(logits, -1, dtype=dtype)
         given = None if labels is None else labels[rows].unsqueeze(-1)
+        if keys is not None:
+            given = vocabulary_noise(keys[rows], vocabulary, dtype).add_(logits).argmax(-1, keepdim=True)
         picked = None if given is None else log_p.gather(-1, given)
         p = log_p.clamp_(min=floor).exp_()
         if given is None:
@@ -75,11 +80,11 @@ def run(
 
 
 def refuses(x: Tensor, *_: object) -> str | None:
-    return None if x.device.type == "cpu" else f"x is on {x.device}"
+    return None if x.device.type in ("cpu", "cuda") else f"x is on {x.device}"
 
 
 def configuration(
-    x: Tensor, weight: Tensor | None, bias: object, uniform: object, labels: object, chunk_rows: int
+    x: Tensor, weight: Tensor | None, bias: object, uniform: object, labels: object, keys: object, chunk_rows: int
 ) -> str:
     vocabulary = x.shape[1] if weight is None else weight.shape[0]
     return f"chunks of {rows_per_chunk(vocabulary, chunk_rows)} rows × {vocabulary} words"

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from kfade_kernels import counter_uniform, sampled_cross_entropy
+from kfade_kernels import counter_bits, counter_uniform, sampled_cross_entropy
 from kfade_kernels.sampled_cross_entropy.pytorch import rows_per_chunk
 from torch import Tensor, nn
 
@@ -103,7 +103,8 @@ def check_batch(batch: Mapping[str, Tensor], index: int, device: torch.device) -
 def sequence_keys(batch: Batch, seed: int) -> Tensor:
     """int64 `[B]`: one random stream for each sequence, from its own tokens and the seed alone.
 
-    Sampled labels therefore do not depend on batch size, order, padding or the number of ranks.
+    Sampled labels therefore do not depend on batch size, order, padding or the number of ranks: on one kind of
+    device they are a function of the seed and the sequence.
     """
     uniform = counter_uniform(batch.input_ids * 2 + 1, batch.positions)
     words = (uniform.double() * 2.0**24).long() * (batch.positions * 2 + 1)
@@ -190,10 +191,20 @@ class Head:
         return rows.detach() if self.weight is None else rows.detach().to(self.weight.dtype)
 
     def sampled(self, rows: Tensor, batch: Batch, seed: int, sample: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels `[N]` drawn from the softmax, gradient of `Σ −log p` on the rows, and `−log p [N]`."""
-        keys = sequence_keys(batch, seed).unsqueeze(1) + 7_919 * sample
-        uniform = counter_uniform(keys, batch.positions)[batch.loss_mask]
-        found = sampled_cross_entropy(self._detached(rows), uniform, weight=self.weight, bias=self.bias)
+        """Labels `[N]` drawn from the softmax, gradient of `Σ −log p` on the rows, and `−log p [N]`.
+
+        A label is a function of the seed, the sample, its sequence's own tokens, its position, and the kind of
+        device: a GPU draws by Gumbel-max, in one pass over the words, and a CPU by inverse CDF, which needs one
+        random number a row in the place of one a word.
+        """
+        streams = sequence_keys(batch, seed).unsqueeze(1) + 7_919 * sample
+        x, weight, bias = self._detached(rows), self.weight, self.bias
+        if rows.device.type == "cpu":
+            uniform = counter_uniform(streams, batch.positions)[batch.loss_mask]
+            found = sampled_cross_entropy(x, uniform, weight=weight, bias=bias)
+        else:
+            keys = counter_bits(streams, batch.positions)[batch.loss_mask]
+            found = sampled_cross_entropy(x, keys=keys, weight=weight, bias=bias)
         return found.labels, found.grad.to(rows.dtype), found.nll
 
     def labelled(self, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,18 +64,29 @@ def schema_arguments(operation: str) -> list[tuple[Any, ...]]:
             ([], [], 1.0, []),
         ],
         "eigenvalue_correction_": [
-            (torch.zeros(6, 5), g, a, q_out, q_in, None, False),
-            (torch.zeros(6, 6), g, a, kk.bf16_pair(q_out), None, torch.rand(8) > 0.5, True),
+            (torch.zeros(6, 5), g, a, q_out, q_in, None, False, None),
+            (torch.zeros(6, 5), g[0], a[0], q_out, q_in, None, False, torch.tensor([0, 3, 3, 4])),
+            (torch.zeros(6, 6), g, a, kk.bf16_pair(q_out), None, torch.rand(8) > 0.5, True, None),
         ],
         "kron_solve": [
-            (torch.randn(6, 5), q_out, q_in, [torch.rand(6, 5)], 0.1),
-            (torch.randn(3, 6, 5).half(), q_out, q_in, [torch.rand(6), torch.rand(5)], 0.1),
+            ([torch.randn(6, 5)], [None], [q_out], [q_in], [torch.rand(6, 5)], [None], [0.1]),
+            (
+                [torch.randn(3, 6, 5).half(), torch.randn(2, 6)],
+                [None, torch.randn(2, 5)],
+                [q_out, q_out],
+                [q_in, q_in],
+                [torch.rand(6), torch.rand(6, 5)],
+                [torch.rand(5), None],
+                [0.1, 0.0],
+            ),
         ],
         "sampled_cross_entropy": [
-            (torch.randn(4, 6), None, None, torch.rand(4), None, 0),
-            (torch.randn(4, 6), None, None, None, labels, 3),
-            (torch.randn(4, 6), weight, torch.randn(9), torch.rand(4), None, 0),
-            (torch.randn(4, 6).bfloat16(), weight.bfloat16(), None, None, labels, 1),
+            (torch.randn(4, 6), None, None, torch.rand(4), None, None, 0),
+            (torch.randn(4, 6), None, None, None, labels, None, 3),
+            (torch.randn(4, 6).half(), None, None, None, None, labels, 0),
+            (torch.randn(4, 6), weight, torch.randn(9), torch.rand(4), None, None, 0),
+            (torch.randn(4, 6), weight, torch.randn(9), None, None, labels, 0),
+            (torch.randn(4, 6).bfloat16(), weight.bfloat16(), None, None, labels, None, 1),
         ],
     }[operation]
 
