@@ -1,82 +1,51 @@
-"""Each operation beside the plain PyTorch expression that it replaces: `make bench ARGS="-k syrk"`."""
+"""Each operation beside the plain PyTorch expressions that it replaces: `make bench ARGS="-k syrk"`.
+
+The cases are those of `kfade bench`. On a GPU the large ones run too, with a cold cache before each call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import kfade_kernels as kk
 import pytest
 import torch
+from kfade_kernels.timing import Timer
 from pytest_benchmark.fixture import BenchmarkFixture
 
-Work = Callable[[], object]
+from kfade.bench import CASES, OURS
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def _syrk(dtype: torch.dtype, order: int) -> dict[str, Work]:
-    x = torch.randn(2048, order).to(dtype)
-    acc, dense = kk.PackedSymmetric(order), torch.zeros(order, order)
-    return {
-        "kfade": lambda: kk.syrk_(acc, x),
-        "addmm_": lambda: dense.addmm_(x.float().T, x.float()),
-        "mm, rounded": lambda: dense.add_(x.T @ x),
-    }
-
-
-def _correction(dtype: torch.dtype, tokens: int) -> dict[str, Work]:
-    d_out, d_in, size = 1536, 576, 8
-    g, a = torch.randn(size, tokens, d_out).to(dtype), torch.randn(size, tokens, d_in).to(dtype)
-    q_out, q_in = (torch.linalg.qr(torch.randn(n, n))[0] for n in (d_out, d_in))
-    lam = torch.zeros(d_out, d_in)
-    bases = (q_out, q_in) if dtype == torch.float32 else (kk.bf16_pair(q_out), kk.bf16_pair(q_in))
-
-    def plain() -> None:
-        gradient = torch.einsum("bto,bti->boi", g, a).float()
-        lam.add_((q_out.T @ gradient @ q_in).square().sum(0))
-
-    return {"kfade": lambda: kk.eigenvalue_correction_(lam, g, a, *bases), "einsum": plain}
-
-
-def _solve(dtype: torch.dtype, order: int) -> dict[str, Work]:
-    d_out, d_in = order, order // 2
-    q_out, q_in = (torch.linalg.qr(torch.randn(n, n))[0] for n in (d_out, d_in))
-    v, values = torch.randn(d_out, d_in).to(dtype), torch.rand(d_out, d_in)
-    return {
-        "kfade": lambda: kk.kron_solve(v, q_out, q_in, values, 0.1),
-        "matmul": lambda: q_out @ ((q_out.T @ v.float() @ q_in) / (values + 0.1)) @ q_in.T,
-    }
-
-
-def _cross_entropy(dtype: torch.dtype, vocabulary: int) -> dict[str, Work]:
-    hidden, weight = torch.randn(1024, 576).to(dtype), (0.05 * torch.randn(vocabulary, 576)).to(dtype)
-    uniform = torch.rand(1024)
-
-    def plain() -> object:
-        p = (hidden @ weight.T).float().softmax(-1)
-        labels = torch.multinomial(p, 1)
-        return (p - torch.zeros_like(p).scatter_(-1, labels, 1.0)).to(dtype) @ weight
-
-    return {"kfade": lambda: kk.sampled_cross_entropy(hidden, uniform, weight=weight), "softmax": plain}
-
-
-CASES = {
-    "syrk_": (_syrk, (576, 1536, 4096)),
-    "eigenvalue_correction_": (_correction, (128, 512)),
-    "kron_solve": (_solve, (1536, 4096)),
-    "sampled_cross_entropy": (_cross_entropy, (8192, 49152)),
-}
+RUNS = [("cpu", "small"), ("cpu", "medium"), ("cuda", "medium"), ("cuda", "large")]
 GRID = [
-    pytest.param(operation, dtype, size, provider, id=f"{operation}-{dtype}-{size}-{provider}")
-    for operation, (make, sizes) in CASES.items()
+    pytest.param(operation, number, sizes, dtype, device, id=f"{operation}-{sizes}{number}-{dtype}-{device}")
+    for operation, case in CASES.items()
+    for device, sizes in RUNS
+    for number in range(len(getattr(case, sizes)))
     for dtype in DTYPES
-    for size in sizes
-    for provider in make(DTYPES[dtype], 256 if operation != "eigenvalue_correction_" else 1)
 ]
 
 
-@pytest.mark.parametrize(("operation", "dtype", "size", "provider"), GRID)
-def test_operation(benchmark: BenchmarkFixture, operation: str, dtype: str, size: int, provider: str) -> None:
+@pytest.mark.parametrize(("operation", "number", "sizes", "dtype", "device"), GRID)
+@pytest.mark.parametrize("provider", range(4))
+def test_operation(
+    benchmark: BenchmarkFixture, operation: str, number: int, sizes: str, dtype: str, device: str, provider: int
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     torch.manual_seed(0)
-    work = CASES[operation][0](DTYPES[dtype], size)[provider]
-    benchmark.group = f"{operation} {dtype} {size}"
-    benchmark.pedantic(work, rounds=5, iterations=1, warmup_rounds=2)
+    case = CASES[operation]
+    problem = case.make(**getattr(case, sizes)[number], dtype=DTYPES[dtype], device=torch.device(device))
+    providers = {OURS: problem.run, **problem.baselines}
+    if device == "cuda" and problem.baselines:
+        name, plain = next(iter(problem.baselines.items()))
+        providers[f"{name}, torch.compile"] = torch.compile(plain, mode="max-autotune-no-cudagraphs")
+    if provider >= len(providers):
+        pytest.skip("the operation has fewer providers")
+    name, work = list(providers.items())[provider]
+    benchmark.group = f"{operation} {problem.size} {dtype} {device}"
+    benchmark.name = name
+    if device == "cpu":
+        benchmark.pedantic(work, rounds=5, iterations=1, warmup_rounds=2)
+        return
+    timer = Timer(problem.device)
+    # The clock of pytest-benchmark reads what the events of each call measured.
+    benchmark.extra_info["seconds"] = [timer(work) for _ in range(20)]
+    benchmark.pedantic(lambda: (work(), torch.cuda.synchronize()), rounds=5, iterations=1, warmup_rounds=2)

@@ -123,7 +123,7 @@ def run_kronfluence(
     arguments.use_empirical_fisher = True
     # Its default is float64, which is timed apart; float32 is what we use.
     arguments.eigendecomposition_dtype = torch.float32
-    task, state = kronfluence_task(names), State(cpu=True)
+    task, state = kronfluence_task(names), State(cpu=model.device.type == "cpu")
     wrapped = prepare_model(copy.deepcopy(model), task)
     common = {"model": wrapped, "state": state, "factor_args": arguments, "disable_tqdm": True}
     clock = Clock()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import datetime
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,35 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def append(benchmark: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Append rows with date, machine and versions to `results/<benchmark>.csv`.
+def installed(package: str) -> str:
+    """Its version, or an empty text."""
+    try:
+        return torch.__version__ if package == "torch" else version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def append(
+    benchmark: str,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    packages: Sequence[str] = ("torch", "transformers"),
+    folder: Path = RESULTS,
+) -> Path:
+    """Append rows with date, machine and versions to `<folder>/<benchmark>.csv`.
+
+    Args:
+        benchmark: name of the file.
+        rows: all with the same columns.
+        packages: whose versions are written beside them.
+        folder: made if need be.
 
     Raises:
         ValueError: the file has other columns.
     """
-    import transformers
-
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    path = RESULTS / f"{benchmark}.csv"
-    path.parent.mkdir(exist_ok=True)
+    common = {"date": datetime.date.today().isoformat(), "machine": machine(), **{p: installed(p) for p in packages}}
+    path = folder / f"{benchmark}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
     full = [{**common, **row} for row in rows]
     header = list(full[0])
     exists = path.exists()

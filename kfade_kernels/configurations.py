@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -160,6 +162,24 @@ def shipped(kernel: str) -> tuple[Entry, ...]:
     return read(path_of(kernel))
 
 
+_forced: ContextVar[Mapping[str, Configuration]] = ContextVar("kfade_kernels_forced_configurations")
+
+
+@contextmanager
+def forced(kernel: str, configuration: Configuration) -> Iterator[None]:
+    """Within this block, and this thread, `choose` gives one kernel this configuration, whatever is shipped."""
+    token = _forced.set({**_forced.get({}), kernel: configuration})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def kernels() -> tuple[str, ...]:
+    """The kernels that have configurations, by the names of their folders."""
+    return tuple(sorted(path.parent.name for path in Path(str(resources.files("kfade_kernels"))).glob(f"*/{FILE}")))
+
+
 def choose(
     kernel: str, device: Device, dtype: torch.dtype, extent: int, triton: str, entries: Sequence[Entry] | None = None
 ) -> Configuration:
@@ -173,6 +193,8 @@ def choose(
         triton: version of Triton, `major.minor.patch`.
         entries: in the place of the shipped ones.
     """
+    if entries is None and kernel in _forced.get({}):
+        return _forced.get({})[kernel]
     wanted = (
         (device.name, device.architecture),
         dtype_keys(dtype),

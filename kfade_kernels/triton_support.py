@@ -11,9 +11,10 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,11 +46,37 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """One line of `verified.json`: an operation whose kernels were seen correct on an architecture."""
+
+    operation: str
+    architecture: str
+    triton: str
+    date: str
+
+
+def verdicts(path: Path | None = None) -> list[Verdict]:
+    """What the correctness part of the GPU benchmark has passed on, from this file or the shipped one."""
+    path = path or Path(str(resources.files("kfade_kernels"))) / VERIFIED
+    return [Verdict(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+
+
+def record_verdict(path: Path, verdict: Verdict, passed: bool) -> None:
+    """Put a verdict in the place of an older one of the same operation and architecture; remove it if it failed."""
+    key = (verdict.operation, verdict.architecture)
+    kept = [v for v in verdicts(path) if (v.operation, v.architecture) != key] + ([verdict] if passed else [])
+    text = ",\n".join("  " + json.dumps(asdict(v)) for v in kept)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(f"[\n{text}\n]\n" if text else "[]\n", encoding="utf-8")
+    temporary.replace(path)
+    verified.cache_clear()
+
+
 @functools.cache
 def verified() -> frozenset[tuple[str, str]]:
     """Pairs (operation, architecture) that the correctness part of the GPU benchmark has passed on."""
-    text = resources.files("kfade_kernels").joinpath(VERIFIED).read_text(encoding="utf-8")
-    return frozenset((entry["operation"], entry["architecture"]) for entry in json.loads(text))
+    return frozenset((verdict.operation, verdict.architecture) for verdict in verdicts())
 
 
 def refusal(operation: str, name: str, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:

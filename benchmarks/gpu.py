@@ -1,0 +1,566 @@
+"""Everything that needs a GPU: are the kernels right, and how fast are they.
+
+    python benchmarks/gpu.py --part correctness --out results   # first: switches the kernels on where they are right
+    python benchmarks/gpu.py --part syrk --out results
+    python benchmarks/gpu.py --part all --budget-seconds 3600
+    python benchmarks/gpu.py --dry-run --device H100            # without a GPU: tiny checks, and what would be timed
+
+Needs this checkout, torch and Triton; the part `fit` needs transformers as well, and takes kronfluence along if
+it is installed. Each part ends within its budget and keeps what it measured until then. Data is random, the
+last-level cache is cold, providers take turns, and the median is printed beside what the cost model predicts.
+Rows are appended to `benchmarks/results/gpu.csv`, and to DIR if `--out` is given, with a log.
+
+The part `correctness` holds every operation against float64, in every dtype and with every shipped
+configuration, twice for equal bits. An operation that passes is entered in `kfade_kernels/verified.json`, which
+switches its kernels on by default on that architecture; one that fails is taken out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks")]
+if "--dry-run" in sys.argv:
+    # Before anything imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch  # noqa: E402
+from kfade_kernels import cost, problems  # noqa: E402
+from kfade_kernels.configurations import Configuration, forced, has_descriptors  # noqa: E402
+from kfade_kernels.cost import Cost, Prediction, predict, product_rate  # noqa: E402
+from kfade_kernels.devices import ARCHITECTURES, DEVICES, Device, of_tensors  # noqa: E402
+from kfade_kernels.problems import Problem  # noqa: E402
+from kfade_kernels.timing import Timer, Times, Work, extra_bytes, interleaved  # noqa: E402
+from kfade_kernels.triton_support import (  # noqa: E402
+    VERIFIED,
+    Verdict,
+    interpreted,
+    record_verdict,
+    shipped_configurations,
+    short,
+    triton_version,
+)  # fmt: skip
+from records import RESULTS, append, installed  # noqa: E402
+from suite import BATCH, CHECKS, EIGH, MODELS, PLAN, SEQUENCES, TOKENS, Shape, Timing  # noqa: E402
+
+PARTS = ("correctness", "syrk", "grouped", "correction", "solve", "eigh", "fit", "cross-entropy", "apply")
+PACKAGES = ("torch", "triton", "transformers", "kronfluence")
+REPEATS = 20
+DRY_DTYPES = (torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass
+class Session:
+    """One run of the script.
+
+    Attributes:
+        where: PyTorch device of the data.
+        device: what is known of it; of a dry run, the device that is predicted for.
+        budget: seconds of one part.
+        out: directory for copies of rows, verdicts and the log.
+        results: directory of the rows.
+        begin: when the part began.
+        failed: operations that were seen to be wrong.
+    """
+
+    where: torch.device
+    device: Device
+    budget: float
+    out: Path | None = None
+    results: Path = RESULTS
+    begin: float = field(default_factory=time.monotonic)
+    failed: list[str] = field(default_factory=list)
+
+    def left(self) -> float:
+        """Seconds of this part's budget that are left."""
+        return self.budget - (time.monotonic() - self.begin)
+
+    def say(self, text: str = "") -> None:
+        print(text, flush=True)
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / "gpu.log").open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def wait(self) -> None:
+        """Until the device has done all that was launched."""
+        if self.where.type == "cuda":
+            torch.cuda.synchronize(self.where)
+
+    def record(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows now, so that what was measured stays whatever comes after."""
+        for folder in (self.results, self.out):
+            if folder is not None and rows:
+                append("gpu", rows, packages=PACKAGES, folder=folder)
+
+    def verdict(self, operation: str, passed: bool) -> None:
+        """Enter an operation in `verified.json`, or take it out."""
+        verdict = Verdict(operation, self.device.architecture, triton_version(), datetime.date.today().isoformat())
+        shipped = ROOT / "kfade_kernels" / VERIFIED
+        record_verdict(shipped, verdict, passed)
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(shipped, self.out / VERIFIED)
+
+
+def row(part: str, problem: tuple[str, str, str], provider: str, **values: Any) -> dict[str, Any]:
+    """A row with all columns; what is not given is empty."""
+    operation, size, dtype = problem
+    columns = (
+        "configuration", "ms", "ms_p20", "ms_p80", "speed_up", "effective_tflops", "real_tflops", "peak_share",
+        "extra_mib", "predicted_ms", "limit", "waves", "idle_share", "note",
+    )  # fmt: skip
+    found = {"part": part, "operation": operation, "size": size, "dtype": dtype, "provider": provider}
+    return {**found, **dict.fromkeys(columns, ""), **values}
+
+
+def names(problem: Problem) -> tuple[str, str, str]:
+    return problem.operation, problem.size, short(problem.dtype)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+# ------------------------------------------------------------------------------------ correctness
+
+
+def configurations_of(problem: Problem, device: Device) -> Iterator[tuple[str, Configuration]]:
+    """Every configuration that the problem's kernel may be given here: shipped ones, with and without descriptors."""
+    shipped = [c for dtype, c in shipped_configurations(problem.kernel, device) if dtype == problem.dtype]
+    variants = [
+        replace(c, descriptors=wanted)
+        for c in shipped
+        for wanted in ({c.descriptors, False, has_descriptors(device)} if problem.kernel == "syrk" else {c.descriptors})
+    ]
+    for c in dict.fromkeys(variants):
+        yield str(c), c
+
+
+def broken(session: Session) -> bool:
+    """Whether an error has left the device unusable."""
+    try:
+        session.wait()
+    except RuntimeError:
+        return True
+    return False
+
+
+def check_problem(session: Session, problem: Problem) -> Iterator[tuple[str, str | None]]:
+    """For each configuration its name, and what is wrong with the results."""
+    refused = problems.served_here(problem)
+    if refused is not None:
+        yield "", f"Triton does not serve it: {refused}"
+        return
+    against = problems.reference(problem)
+    for name, configuration in configurations_of(problem, session.device):
+        with forced(problem.kernel, configuration), problems.by_triton():
+            try:
+                yield name, problems.fault(problem, against)
+            except Exception as error:  # what a compiler or a driver fails with is a finding here
+                yield name, reason(error)
+
+
+def correctness(session: Session, only: str | None = None, *, dry: bool = False) -> None:
+    """Check every operation, and switch on those that pass."""
+    for operation, checks in CHECKS.items():
+        if only is not None and operation != only:
+            continue
+        faults: list[str] = []
+        count = 0
+        finished = True
+        for dtype, make in checks.problems(dry, DRY_DTYPES if dry else DTYPES):
+            if session.left() < 0:
+                finished = False
+                break
+            torch.manual_seed(0)
+            problem = make(session.where)
+            for name, fault in check_problem(session, problem):
+                count += 1
+                if fault is not None:
+                    faults.append(f"{problem.size}, {short(dtype)}, {name}: {fault}")
+                    session.say(f"  wrong: {operation} {faults[-1]}")
+            if faults and broken(session):
+                session.say("  the device is unusable after that error; run the other operations with --operation")
+                break
+        result = f"{len(faults)} wrong" if faults else "right" if finished else "not finished within the budget"
+        session.say(f"{operation:24}{count:5} checks  {result}")
+        if faults:
+            session.failed.append(operation)
+        if not dry and (faults or finished):
+            session.verdict(operation, not faults)
+        if faults and broken(session):
+            return
+
+
+# ----------------------------------------------------------------------------------------- timing
+
+
+def head(session: Session) -> None:
+    session.say(
+        f"{'provider':36}{'ms':>10}{'p20':>9}{'p80':>9}{'speed-up':>9}{'eff. TF/s':>10}{'real':>7}"
+        f"{'peak':>6}{'MiB':>8}{'predicted':>11}  limit"
+    )
+
+
+def providers_of(session: Session, problem: Problem, timing: Timing) -> dict[str, Work]:
+    """The baselines, `torch.compile` of one of them if asked for, and kfade with and without Triton's kernels."""
+
+    def switched(**switches: str) -> Work:
+        def work() -> object:
+            with problems.backends(**switches):
+                return problem.run()
+
+        return work
+
+    found = dict(problem.baselines)
+    if timing.compiled:
+        found[f"{timing.compiled}, torch.compile"] = torch.compile(
+            problem.baselines[timing.compiled], mode="max-autotune"
+        )
+    if problem.operation in ("syrk_", "rotate", "kron_solve", "eigenvalue_correction_"):
+        found["kfade, PyTorch"] = switched(disable="triton")
+    refused = problems.served_here(problem)
+    if refused is None:
+        found["kfade, Triton"] = switched(enable="triton")
+    else:
+        session.say(f"  Triton does not serve it: {refused}")
+    return found
+
+
+def attempt(session: Session, work: Work) -> str | None:
+    """Call once; why it failed, or None."""
+    try:
+        work()
+        session.wait()
+    except Exception as error:  # one provider out of memory must not end the comparison
+        torch.cuda.empty_cache()
+        return reason(error)
+    return None
+
+
+def time_problem(session: Session, part: str, timing: Timing) -> None:
+    """Time all providers of one problem, in turns, and record them."""
+    torch.manual_seed(0)
+    problem = timing.make(session.where)
+    c = problem.configuration(session.device)
+    found = problem.cost(c, session.device)
+    expected = predict(found, session.device)
+    session.say(f"\n{problem.operation} {problem.size}, {short(problem.dtype)}; {c}")
+    head(session)
+    providers = providers_of(session, problem, timing)
+    failures = {name: attempt(session, work) for name, work in providers.items()}
+    works = {name: work for name, work in providers.items() if failures[name] is None}
+    times = interleaved(works, Timer(session.where), repeats=REPEATS, seconds=max(1.0, session.left() / 4))
+    first = next((name for name in works if not name.startswith("kfade")), None)
+    base = times[first].median if first else None
+    peak = product_rate(session.device, found.precision) if found.flops else 0.0
+    rows = []
+    for name, work in works.items():
+        flops = found.flops if name.startswith("kfade") else found.effective_flops
+        ours = name == "kfade, Triton"
+        rows.append(
+            timed_row(
+                part, names(problem), name, times[name], base, found.effective_flops, flops, peak,
+                extra_mib=round(extra_bytes(work, session.where) / 2**20, 1),
+                configuration=str(c) if ours else "", expected=expected if ours else None,
+            )
+        )  # fmt: skip
+        print_row(session, rows[-1])
+    for name, why in failures.items():
+        if why is not None:
+            rows.append(row(part, names(problem), name, note=why))
+            session.say(f"{name:36}  {why}")
+    session.record(rows)
+
+
+def timed_row(
+    part: str,
+    problem: tuple[str, str, str],
+    provider: str,
+    times: Times,
+    base: float | None,
+    effective_flops: float,
+    flops: float,
+    peak: float,
+    *,
+    extra_mib: float | str = "",
+    configuration: str = "",
+    expected: Prediction | None = None,
+) -> dict[str, Any]:
+    """A row of a measurement; times in ms, rates in TFLOP/s."""
+    seconds = times.median
+    predicted = {} if expected is None else prediction_columns(expected)
+    return row(
+        part, problem, provider, configuration=configuration,
+        ms=round(seconds * 1e3, 4), ms_p20=round(times.p20 * 1e3, 4), ms_p80=round(times.p80 * 1e3, 4),
+        speed_up=round(base / seconds, 3) if base else "",
+        effective_tflops=round(effective_flops / seconds * 1e-12, 1) or "",
+        real_tflops=round(flops / seconds * 1e-12, 1) or "",
+        peak_share=round(flops / seconds / peak, 3) if peak else "", extra_mib=extra_mib, **predicted,
+    )  # fmt: skip
+
+
+def prediction_columns(expected: Prediction) -> dict[str, Any]:
+    return {
+        "predicted_ms": round(expected.seconds * 1e3, 4), "limit": expected.limit,
+        "waves": round(expected.waves, 2), "idle_share": round(expected.quantisation, 3),
+    }  # fmt: skip
+
+
+def print_row(session: Session, r: Mapping[str, Any]) -> None:
+    session.say(
+        f"{r['provider']:36}{r['ms']:>10}{r['ms_p20']:>9}{r['ms_p80']:>9}{r['speed_up']:>9}"
+        f"{r['effective_tflops']:>10}{r['real_tflops']:>7}{r['peak_share']:>6}{r['extra_mib']:>8}"
+        f"{r['predicted_ms']:>11}  {r['limit']}"
+    )
+
+
+def time_part(session: Session, part: str) -> None:
+    for number, timing in enumerate(PLAN[part]):
+        if session.left() < 0:
+            session.say(f"budget spent: {len(PLAN[part]) - number} of {len(PLAN[part])} problems are left out")
+            return
+        time_problem(session, part, timing)
+        torch.cuda.empty_cache()
+
+
+def eigh(session: Session) -> None:
+    """`torch.linalg.eigh`, alone and batched; one call each, since a call may take a minute."""
+    timer = Timer(session.where)
+    last: dict[torch.dtype, tuple[int, float]] = {}
+    head(session)
+    for dtype, order, batch in EIGH:
+        size = f"{batch} of order {order}"
+        expected = predict(cost.eigh(order, dtype, batch=batch), session.device)
+        before, seconds = last.get(dtype, (order, 0.0))
+        if seconds * (order / before) ** 3 * batch > session.left():
+            session.say(f"budget spent: {size}, {short(dtype)} is left out")
+            continue
+        torch.manual_seed(0)
+        x = torch.randn(batch, order, order, device=session.where, dtype=dtype)
+        matrices = x @ x.mT / order
+        del x
+        torch.linalg.eigh(matrices[:, :256, :256])
+        samples = [timer(lambda m=matrices: torch.linalg.eigh(m))]
+        last[dtype] = (order, samples[0] / batch)
+        while len(samples) < 5 and 20 * samples[0] < session.left():
+            samples.append(timer(lambda m=matrices: torch.linalg.eigh(m)))
+        one = timed_row(
+            "eigh", ("eigh", size, short(dtype)), "torch.linalg.eigh", Times.of(samples), None, 0.0, 0.0, 0.0,
+            expected=expected,
+        )  # fmt: skip
+        print_row(session, one)
+        session.record([one])
+        del matrices
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------ a whole fit
+
+
+def fit_costs(shape: Shape, batch_tokens: int, device: Device) -> dict[str, float]:
+    """Predicted seconds of each stage: the model's own pass, and the operations on every MLP layer."""
+    tokens = SEQUENCES * TOKENS
+    layers = shape.num_hidden_layers
+    h, m = shape.hidden_size, shape.intermediate_size
+    dtype, c = torch.bfloat16, Configuration(block_m=128, block_n=128, block_k=64, warps=8)
+    model = predict(cost.model_pass(shape.linear_parameters, tokens), device).seconds
+
+    def repeated(found: Cost, times: float) -> float:
+        return times * predict(found, device).seconds
+
+    batches = tokens / batch_tokens
+    # gate and up share their input; their gradients, down's input, and down's gradients follow.
+    factors = cost.accumulate_factors([(batch_tokens, n) for n in (h, m, m, m, h)], dtype, c, device)
+    corrections = [cost.eigenvalue_correction(BATCH, TOKENS, *s, dtype, c) for s in ((m, h), (m, h), (h, m))]
+    return {
+        "A, S": model + repeated(factors, batches * layers),
+        "eigh": sum(repeated(cost.eigh(n, torch.float32), layers) for n in (h, m, m, m, h)),
+        "eigenvalues": model + sum(repeated(found, batches * layers) for found in corrections),
+    }
+
+
+def stage_row(
+    session: Session, name: str, provider: str, stage: str, seconds: float, predicted: float, published: float
+) -> dict[str, Any]:
+    session.say(f"{provider:24}{stage:14}{seconds:10.2f}{predicted:12.2f}{published:14.1f}")
+    return row(
+        "fit", ("fit", f"{name}, {SEQUENCES} × {TOKENS} tokens, {stage}", "bfloat16"), provider,
+        ms=round(seconds * 1e3, 1), predicted_ms=round(predicted * 1e3, 1),
+        note=f"published on 8 H100: {published} s",
+    )  # fmt: skip
+
+
+STAGES = ("A, S", "eigh", "eigenvalues")
+
+
+def fit_ours(model: Any, data: Any) -> dict[str, float]:
+    import kfade
+
+    progress = kfade.Progress()
+    kfade.fit(model, data, kfade.FitConfig(), progress=progress)
+    return dict(zip(STAGES, (stage.seconds for stage in progress.costs), strict=True))
+
+
+def fit_theirs(model: Any, data: Any) -> dict[str, float]:
+    from fit import run_kronfluence
+
+    wanted = [name for name, module in model.named_modules() if ".mlp." in name and hasattr(module, "weight")]
+    stages, _ = run_kronfluence(model, data, "bfloat16", wanted)
+    return {stage: stages[stage][0] for stage in STAGES}
+
+
+def fit(session: Session) -> None:
+    """EK-FAC of randomly initialised models, stage by stage, beside the published table and kronfluence."""
+    if not installed("transformers"):
+        session.say("transformers is not installed; this part is left out")
+        return
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    for name, shape in MODELS.items():
+        torch.manual_seed(0)
+        sizes = {k: getattr(shape, k) for k in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "vocab_size",
+        )}  # fmt: skip
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)).to(torch.bfloat16).to(session.where)
+        model = model.eval()
+        ids = torch.randint(shape.vocab_size, (SEQUENCES, TOKENS), device=session.where)
+        data = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids.split(BATCH)]
+        predicted = fit_costs(shape, BATCH * TOKENS, session.device)
+        session.say(f"\n{name}, {SEQUENCES} × {TOKENS} tokens, batches of {BATCH}, MLP layers, bfloat16")
+        session.say(f"{'provider':24}{'stage':14}{'s':>10}{'predicted':>12}{'published':>14}")
+        runs: dict[str, tuple[Callable[[Any, Any], dict[str, float]], dict[str, str]]] = {
+            "kfade, Triton": (fit_ours, {"enable": "triton"}),
+            "kfade, PyTorch": (fit_ours, {"disable": "triton"}),
+        }
+        if installed("kronfluence"):
+            runs["kronfluence"] = (fit_theirs, {})
+        spent = 0.0
+        for provider, (work, switches) in runs.items():
+            if session.left() < 1.5 * spent:
+                session.say(f"budget spent: {provider} is left out")
+                continue
+            begin = time.monotonic()
+            stages: dict[str, float] = {}
+            with problems.backends(**switches):
+                why = attempt(session, lambda w=work, m=model, d=data, s=stages: s.update(w(m, d)))
+            torch.cuda.empty_cache()
+            spent = time.monotonic() - begin
+            if why is not None:
+                session.say(f"{provider}: {why}")
+                session.record([row("fit", ("fit", name, "bfloat16"), provider, note=why)])
+                continue
+            session.record([
+                stage_row(session, name, provider, stage, seconds, predicted[stage], shape.published[stage])
+                for stage, seconds in stages.items()
+            ])  # fmt: skip
+        del model
+        torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------- dry run
+
+
+def plan(session: Session, parts: tuple[str, ...]) -> None:
+    """What the timing parts would measure on a device, with the predictions; nothing is allocated."""
+    session.say(f"\nplan for one {session.device.name}: times in ms")
+    session.say(
+        f"{'part':14}{'operation':24}{'size':44}{'dtype':>9}{'GFLOP':>10}{'MB':>9}{'waves':>8}{'idle':>6}"
+        f"{'predicted':>11}  limit"
+    )
+
+    def line(part: str, operation: str, size: str, dtype: str, found: Cost) -> None:
+        p = predict(found, session.device)
+        session.say(
+            f"{part:14}{operation:24}{size:44}{dtype:>9}{found.flops * 1e-9:10.0f}{found.bytes * 1e-6:9.0f}"
+            f"{p.waves:8.2f}{p.quantisation:6.0%}{p.seconds * 1e3:11.3f}  {p.limit}"
+        )
+
+    for part in parts:
+        for timing in PLAN.get(part, []):
+            problem = timing.make(torch.device("meta"))
+            found = problem.cost(problem.configuration(session.device), session.device)
+            line(part, problem.operation, problem.size, short(problem.dtype), found)
+        if part == "eigh":
+            for dtype, order, batch in EIGH:
+                line(part, "eigh", f"{batch} of order {order}", short(dtype), cost.eigh(order, dtype, batch=batch))
+        if part == "fit":
+            for name, shape in MODELS.items():
+                for stage, seconds in fit_costs(shape, BATCH * TOKENS, session.device).items():
+                    published = f"published {shape.published[stage]} s"
+                    session.say(f"{part:14}{name:24}{stage:44}{'':42}{seconds * 1e3:11.0f}  {published}")
+
+
+def run(session: Session, part: str, only: str | None) -> None:
+    session.begin = time.monotonic()
+    session.say(f"\n=== {part}, {session.device.name}, budget {session.budget:.0f} s")
+    if part == "correctness":
+        correctness(session, only)
+    elif part == "eigh":
+        eigh(session)
+    elif part == "fit":
+        fit(session)
+    else:
+        time_part(session, part)
+    session.say(f"=== {part}: {time.monotonic() - session.begin:.0f} s")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    parser.add_argument("--operation", choices=CHECKS, help="of the part correctness, this one alone")
+    parser.add_argument("--budget-seconds", type=float, default=540.0, help="of each part")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="copies of the rows, of verified.json, and a log")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where gpu.csv is appended to")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="without a GPU: tiny checks in the interpreter, the plan"
+    )
+    parser.add_argument(
+        "--device", choices=[d.name for d in DEVICES], default="H100", help="that a dry run predicts for"
+    )
+    options = parser.parse_args(arguments)
+    parts = PARTS if options.part == "all" else (options.part,)
+    if options.dry_run:
+        if not interpreted():
+            print("error: TRITON_INTERPRET is not 1; a dry run needs it before Triton is imported", file=sys.stderr)
+            return 2
+        device = next(d for d in DEVICES if d.name == options.device)
+        session = Session(torch.device("cpu"), device, options.budget_seconds, options.out, options.results)
+        if "correctness" in parts:
+            correctness(session, options.operation, dry=True)
+        plan(session, parts)
+        return int(bool(session.failed))
+    if not torch.cuda.is_available():
+        print("error: there is no GPU here; --dry-run shows what would be run", file=sys.stderr)
+        return 2
+    if not triton_version():
+        print("error: Triton is not installed", file=sys.stderr)
+        return 2
+    where = torch.device("cuda")
+    session = Session(where, of_tensors(where), options.budget_seconds, options.out, options.results)
+    known = session.device.architecture in ARCHITECTURES
+    session.say(
+        f"{session.device.name}, {session.device.architecture}"
+        f"{'' if known else ' (unknown: predictions are for an A100)'};"
+        f" torch {torch.__version__}, Triton {triton_version()}"
+    )
+    for part in parts:
+        run(session, part, options.operation)
+    return int(bool(session.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
