@@ -9,8 +9,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# `log2` is one instruction where `log` is a polynomial.
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _split(x):
+    """`f, e` with `x = (1 + f) 2ᵉ` and 1 + f from √½ to √2, for a positive normal x."""
+    bits = x.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23
+    return (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0, e
+
+
+@triton.jit
+def _log(f, e):
+    """`log((1 + f) 2ᵉ)` with a relative error of 2e-7 also near 1, in half the instructions of the libraries'.
+
+    `f` times the polynomial of degree 7 with the least largest relative error against `log(1 + f) / f`.
+    """
+    q = -0.172508297 + f * (0.162225809 + f * -0.101068961)
+    q = 0.333350589 + f * (-0.249699091 + f * (0.199001654 + f * q))
+    q = 0.999999945 + f * (-0.500003651 + f * q)
+    return e.to(tl.float32) * LN2 + f * q
 
 
 @triton.jit
@@ -20,10 +39,10 @@ def gumbel_noise(key, first, ROUNDS: tl.constexpr, BELOW_ONE: tl.constexpr, BLOC
     a, b, c, d = tl.philox(key, counters, 0, 0, 0, ROUNDS)
     bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))
     v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, BELOW_ONE)
-    # −log(1 − v): of a small v by its series, since 1 − v has lost what tells winners apart.
-    series = 1.0 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6)))))
-    exponential = tl.where(v < 0.0625, v * series, LN2 * -tl.log2(1.0 - v))
-    return LN2 * -tl.log2(exponential)
+    f, e = _split(1.0 - v)
+    # Small v win, and 1 − v has lost what tells them apart.
+    f, e = _split(-_log(tl.where(e == 0, -v, f), e))
+    return -_log(f, e)
 
 
 @triton.jit

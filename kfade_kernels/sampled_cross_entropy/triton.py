@@ -2,6 +2,8 @@
 
 On logits `[N, V]`: one read and one write of device memory, `2 N V` elements, as long as the rows in work
 (programs × V elements) stay in the last-level cache until their second walk; one more read where they do not.
+A sample costs about 70 instructions a word on sm_90, most of them for the noise, so arithmetic and not memory
+is then the limit.
 
 With the output projection: `4 N V d` FLOPs and nothing computed twice. For each chunk of the vocabulary the
 logits come from a GEMM, the kernel turns them into exponentials relative to the running maximum, and a
@@ -26,6 +28,8 @@ from .noise import BELOW_ONE, ROUNDS
 SMALLEST_VOCABULARY = 1024
 # A block, whatever the device: threads without words to work on are wasted.
 SMALLEST_BLOCK = 1024
+# Of a program.
+MOST_THREADS = 1024
 CHUNK_ROWS, CHUNK_BYTES = 8192, 256 << 20
 # Chunks begin at multiples of this: whole Philox counters, whole 16-byte loads.
 CHUNK_STEP = 256
@@ -38,17 +42,17 @@ def chunks_of(x: Tensor, vocabulary: int, chunk_rows: int) -> tuple[int, int]:
     return rows, min(max(words, CHUNK_STEP), vocabulary)
 
 
-def adapt(found: Configuration, is_aligned: bool) -> Configuration:
-    """A configuration for these rows: half the block where loads are element-wise, which takes registers."""
-    return replace(found, block_n=max(found.block_n if is_aligned else found.block_n // 2, SMALLEST_BLOCK))
+def adapt(found: Configuration, device: Device, is_aligned: bool) -> Configuration:
+    """A configuration for these rows: twice the warps where loads are element-wise, which takes registers."""
+    warps = found.warps if is_aligned else min(2 * found.warps, MOST_THREADS // device.threads)
+    return replace(found, block_n=max(found.block_n, SMALLEST_BLOCK), warps=warps)
 
 
 def configure(rows: Tensor, is_aligned: bool) -> Configuration:
     """The configuration of a launch on rows of logits."""
-    found = choose(
-        "sampled_cross_entropy", of_tensors(rows.device), rows.dtype, rows.shape[1], support.triton_version()
-    )
-    return adapt(found, is_aligned)
+    device = of_tensors(rows.device)
+    found = choose("sampled_cross_entropy", device, rows.dtype, rows.shape[1], support.triton_version())
+    return adapt(found, device, is_aligned)
 
 
 def _constants(c: Configuration, sampled: bool, is_aligned: bool) -> dict[str, object]:
@@ -206,7 +210,7 @@ def variants(device: Device) -> list[support.Variant]:
         for form, (kernel, signature) in forms.items():
             for sampled in (True, False):
                 for is_aligned in (True, False):
-                    c = adapt(shipped, is_aligned)
+                    c = adapt(shipped, device, is_aligned)
                     one = support.Variant(
                         f"sampled_cross_entropy {form} {support.short(dtype)}{' keys' if sampled else ''}"
                         f"{'' if is_aligned else ' any rows'}",
