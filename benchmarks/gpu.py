@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +137,19 @@ def reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------ correctness
 
 
-def configurations_of(problem: Problem, device: Device) -> Iterator[tuple[str, Configuration]]:
-    """Every configuration that the problem's kernel may be given here: shipped ones, with and without descriptors."""
-    shipped = [c for dtype, c in shipped_configurations(problem.kernel, device) if dtype == problem.dtype]
+def configurations_of(problem: Problem, device: Device) -> Iterator[tuple[torch.dtype, Configuration]]:
+    """Every configuration that the problem's kernel may be given here: shipped ones, with and without descriptors.
+
+    With the dtype of the operands that each is for; one call may multiply both its rows and what became of them.
+    """
+    dtypes = {problem.dtype, problem.operands or problem.dtype}
     variants = [
-        replace(c, descriptors=wanted)
-        for c in shipped
+        (dtype, replace(c, descriptors=wanted))
+        for dtype, c in shipped_configurations(problem.kernel, device)
+        if dtype in dtypes
         for wanted in ({c.descriptors, False, has_descriptors(device)} if problem.kernel == "syrk" else {c.descriptors})
     ]
-    for c in dict.fromkeys(variants):
-        yield str(c), c
+    yield from dict.fromkeys(variants)
 
 
 def broken(session: Session) -> bool:
@@ -163,9 +167,15 @@ def check_problem(session: Session, problem: Problem) -> Iterator[tuple[str, str
     if refused is not None:
         yield "", f"Triton does not serve it: {refused}"
         return
-    against = problems.reference(problem)
-    for name, configuration in configurations_of(problem, session.device):
-        with forced(problem.kernel, configuration), problems.by_triton():
+    try:
+        against = problems.reference(problem)
+    except RuntimeError as error:
+        # Nothing is known to be right then.
+        yield "", f"the reference failed: {reason(error)}"
+        return
+    for dtype, configuration in configurations_of(problem, session.device):
+        name = str(configuration)
+        with forced(problem.kernel, configuration, dtype), problems.by_triton():
             try:
                 yield name, problems.fault(problem, against)
             except Exception as error:  # what a compiler or a driver fails with is a finding here
@@ -217,23 +227,23 @@ def head(session: Session) -> None:
 def providers_of(session: Session, problem: Problem, timing: Timing) -> dict[str, Work]:
     """The baselines, `torch.compile` of one of them if asked for, and kfade with and without Triton's kernels."""
 
-    def switched(**switches: str) -> Work:
-        def work() -> object:
+    def switched(work: Work, **switches: str) -> Work:
+        def switching() -> object:
             with problems.backends(**switches):
-                return problem.run()
+                return work()
 
-        return work
+        return switching
 
-    found = dict(problem.baselines)
+    # One of them may be an operation of ours, called in another way.
+    found = {name: switched(work, enable="triton") for name, work in problem.baselines.items()}
     if timing.compiled:
-        found[f"{timing.compiled}, torch.compile"] = torch.compile(
-            problem.baselines[timing.compiled], mode="max-autotune"
-        )
+        compiled = torch.compile(problem.baselines[timing.compiled], mode="max-autotune")
+        found[f"{timing.compiled}, torch.compile"] = compiled
     if problem.operation in ("syrk_", "rotate", "kron_solve", "eigenvalue_correction_"):
-        found["kfade, PyTorch"] = switched(disable="triton")
+        found["kfade, PyTorch"] = switched(problem.run, disable="triton")
     refused = problems.served_here(problem)
     if refused is None:
-        found["kfade, Triton"] = switched(enable="triton")
+        found["kfade, Triton"] = switched(problem.run, enable="triton")
     else:
         session.say(f"  Triton does not serve it: {refused}")
     return found
@@ -332,7 +342,9 @@ def time_part(session: Session, part: str) -> None:
         if session.left() < 0:
             session.say(f"budget spent: {len(PLAN[part]) - number} of {len(PLAN[part])} problems are left out")
             return
-        time_problem(session, part, timing)
+        why = attempt(session, partial(time_problem, session, part, timing))
+        if why is not None:
+            session.say(f"problem {number + 1} of {len(PLAN[part])} ended early: {why}")
         torch.cuda.empty_cache()
 
 

@@ -59,6 +59,7 @@ CHECKS = {
             _outer_product(1000, 1024, **_MASKED),
             _outer_product(1000, 257, **_ONES),
             _outer_product(1000, 1025, **_MASKED, **_ONES),
+            _outer_product(1000, 512, allow_tf32=True),
             _outer_product(1000, 512, padding=64),
             _outer_product(1000, 512, padding=3),
         ],

@@ -162,13 +162,19 @@ def shipped(kernel: str) -> tuple[Entry, ...]:
     return read(path_of(kernel))
 
 
-_forced: ContextVar[Mapping[str, Configuration]] = ContextVar("kfade_kernels_forced_configurations")
+_forced: ContextVar[Mapping[tuple[str, torch.dtype | None], Configuration]] = ContextVar("kfade_kernels_forced")
 
 
 @contextmanager
-def forced(kernel: str, configuration: Configuration) -> Iterator[None]:
-    """Within this block, and this thread, `choose` gives one kernel this configuration, whatever is shipped."""
-    token = _forced.set({**_forced.get({}), kernel: configuration})
+def forced(kernel: str, configuration: Configuration, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within this block, and this thread, `choose` gives one kernel this configuration, whatever is shipped.
+
+    Args:
+        kernel: its folder.
+        configuration: to be given.
+        dtype: only to calls with operands of this dtype; None to all.
+    """
+    token = _forced.set({**_forced.get({}), (kernel, dtype): configuration})
     try:
         yield
     finally:
@@ -193,8 +199,9 @@ def choose(
         triton: version of Triton, `major.minor.patch`.
         entries: in the place of the shipped ones.
     """
-    if entries is None and kernel in _forced.get({}):
-        return _forced.get({})[kernel]
+    given = _forced.get({}) if entries is None else {}
+    if (kernel, dtype) in given or (kernel, None) in given:
+        return given.get((kernel, dtype)) or given[kernel, None]
     wanted = (
         (device.name, device.architecture),
         dtype_keys(dtype),

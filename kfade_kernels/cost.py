@@ -231,11 +231,11 @@ def _outer_products(
 def rotate(
     rows: int, width: int, dtype: torch.dtype, configuration: Configuration, *, name: str = "rotate tokens"
 ) -> Part:
-    """`x Q` with x `[rows, width]`: `2·rows·width²` FLOPs, with a bfloat16 pair for 16-bit rows.
+    """`x Q` with x `[rows, width]`: `2·rows·width²` FLOPs, with a pair for bfloat16 rows, else in float32 grade.
 
     Bytes at least: x read, Q in 4 bytes an element (float32 or the pair), the result written.
     """
-    precision = PAIR if dtype.itemsize == 2 else configuration.precision
+    precision = PAIR if dtype == torch.bfloat16 else configuration.precision
     return product(
         name, rows, width, width, precision, configuration,
         x=2.0 * rows * width * dtype.itemsize, q=float(_STATE_BYTES * width**2),
@@ -271,6 +271,8 @@ def eigenvalue_correction(
     """
     c, turning, count = configuration, rotations or configuration, sequences * tokens
     state = float(_STATE_BYTES * d_out * d_in)
+    if dtype == torch.float16 and not rotated:
+        dtype = torch.float32  # eigenvectors come in float32 or as a bfloat16 pair, and the products are in their dtype
     by_tokens = {"output": rotates_tokens(tokens, d_in), "input": rotates_tokens(tokens, d_out)}
     parts = [
         rotate(count, width, dtype, turning, name=f"rotate {side} tokens")

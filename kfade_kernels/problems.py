@@ -74,6 +74,7 @@ class Problem:
         cost: of a configuration, on a device.
         explain: which backend would serve `run`.
         baselines: plain PyTorch expressions of the same thing, by name, the first the most usual.
+        operands: dtype of the operands of its products, that its configuration is looked up by; None for `dtype`.
         rounding: relative error that comes of intermediate results in 16 bit, which the reference does not round.
     """
 
@@ -88,13 +89,14 @@ class Problem:
     cost: Callable[[Configuration, Device | None], Cost]
     explain: Callable[[], Explanation]
     baselines: Mapping[str, Work] = field(default_factory=dict)
+    operands: torch.dtype | None = None
     rounding: float = 0.0
 
     def configuration(self, device: Device) -> Configuration:
         """The configuration that the call would get on a device."""
         if not self.kernel:
             return Configuration()
-        return choose(self.kernel, device, self.dtype, self.extent, triton_version())
+        return choose(self.kernel, device, self.operands or self.dtype, self.extent, triton_version())
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
@@ -147,7 +149,8 @@ def fault(problem: Problem, against: Reference | None = None) -> str | None:
 
 def poison(device: torch.device) -> None:
     """Fill memory that the next results will be given with NaN, so that what is not written shows."""
-    held = [torch.full((1 << bits,), torch.nan, device=device) for bits in range(8, 22)]
+    largest = 26 if device.type == "cuda" else 21
+    held = [torch.full((1 << bits,), torch.nan, device=device) for bits in range(8, largest)]
     del held
 
 
@@ -163,6 +166,11 @@ def _orthogonal(order: int, device: torch.device) -> Tensor:
         q -= 2 * (q @ v) @ v.T
         q = q[torch.randperm(order, device=device)]
     return q
+
+
+def _basis_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of eigenvectors for rows of a dtype: a bfloat16 pair, or float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _mask(rows: Sequence[int], masked: bool, device: torch.device) -> Tensor | None:
@@ -304,6 +312,7 @@ def rotation(rows: int, width: int, dtype: torch.dtype, device: torch.device, *,
         cost=lambda c, where: Cost("rotate", (cost.rotate(rows, width, dtype, c),)),
         explain=lambda: explain("rotate", x, basis, ones_column=ones_column),
         baselines={} if ones_column else baselines,
+        operands=_basis_dtype(dtype),
         rounding=_ROUNDING.get(dtype, 0.0),
     )  # fmt: skip
 
@@ -356,6 +365,9 @@ def correction(
         left, right = (g, a) if rotated else (g @ rounded[0], a @ rounded[1])
         return lam.add_(torch.bmm(left.transpose(1, 2), right).square_().sum(0))
 
+    def rotations(where: Device) -> Configuration:
+        return choose("product", where, _basis_dtype(dtype), max(d_out, d_in), triton_version())
+
     size = f"{sequences} × {tokens} tokens{', packed' if packed else ''}, {d_out} × {d_in}"
     return Problem(
         "eigenvalue_correction_", "eigenvalue_correction", size, dtype,
@@ -366,7 +378,7 @@ def correction(
         ],
         cost=lambda c, where: cost.eigenvalue_correction(
             sequences, tokens, d_out, d_in, dtype, c,
-            None if where is None else choose("product", where, dtype, max(d_out, d_in), triton_version()),
+            None if where is None else rotations(where),
             rotated=rotated,
         ),
         explain=lambda: explain(
@@ -376,6 +388,7 @@ def correction(
             "gradients rotated (kronfluence)": rotating_gradients,
             "tokens rotated (bergson)": rotating_tokens,
         },
+        operands=dtype if rotated else _basis_dtype(dtype),
         rounding=0.0 if rotated else 2 * _ROUNDING.get(dtype, 0.0),
     )  # fmt: skip
 
@@ -420,6 +433,7 @@ def solve(
         cost=lambda c, where: cost.kron_solve(d_out, d_in, c, batch=max(1, batch), pair=pair, tokens=tokens),
         explain=lambda: explain("kron_solve", *arguments(False)),
         baselines={} if pair else {"eager": plain},
+        operands=torch.float32,
     )  # fmt: skip
 
 
@@ -452,6 +466,7 @@ def solves(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.
         cost=lambda c, where: cost.together([cost.kron_solve(*shape, c) for shape in shapes]),
         explain=lambda: explain("kron_solve", *arguments(False)),
         baselines={"eager in turn": in_turn},
+        operands=torch.float32,
     )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def measure(
     for trial in trials:
         if trial.fault is not None:
             continue
-        with forced(kernel, trial.configuration), problems.by_triton():
+        with forced(kernel, trial.configuration, problem.operands or problem.dtype), problems.by_triton():
             try:
                 trial.fault = check(problem, against)
                 if trial.fault is None:

@@ -127,6 +127,11 @@ def test_forced_configurations() -> None:
             assert choose("syrk", A100, torch.float32, 1, "3.7.1") == other
             assert choose("product", A100, torch.float32, 1, "3.7.1") == other
         assert choose("syrk", H100, torch.bfloat16, 2048, "3.7.1") == mine
+        with forced("syrk", other, torch.float32):
+            assert choose("syrk", H100, torch.float32, 2048, "3.7.1") == other
+            assert choose("syrk", H100, torch.bfloat16, 2048, "3.7.1") == mine
+    with forced("syrk", other, torch.float32):
+        assert choose("syrk", H100, torch.bfloat16, 2048, "3.7.1") == shipped
     assert elsewhere == [shipped] == [choose("syrk", H100, torch.bfloat16, 2048, "3.7.1")]
     with pytest.raises(KeyError), forced("syrk", mine):
         raise KeyError

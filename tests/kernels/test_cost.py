@@ -77,6 +77,8 @@ def test_correction_by_tokens_and_by_gradients() -> None:
     assert long.flops == 2 * 2000 * 576**2 + 2 * 2000 * 1536 * 576 + 2 * 2 * 1536**2 * 576
     assert {part.precision for part in long.parts} == {"tf32x3"}
     assert long.parts[-1].tiles == 2 * 12 * 5
+    # float16 rows meet float32 eigenvectors, and what is rotated is float32
+    assert cost.eigenvalue_correction(2, 64, 1536, 576, torch.float16, EXACT).precision == "tf32x3"
     already = cost.eigenvalue_correction(2, 64, 1536, 576, BF16, SQUARE, rotated=True)
     assert already.flops == 2 * count * 1536 * 576
     assert already.bytes == 2 * count * (1536 + 576) + 8 * 1536 * 576

@@ -136,6 +136,19 @@ def test_the_budget_ends_a_part(session: gpu.Session, monkeypatch: pytest.Monkey
     assert "budget spent: 2 of 2 problems are left out" in (session.out / "gpu.log").read_text()
 
 
+def test_a_problem_that_cannot_be_made_does_not_end_the_part(
+    session: gpu.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(device: torch.device) -> problems.Problem:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setitem(gpu.PLAN, "syrk", [suite.Timing(too_large), *tiny()[:1]])
+    gpu.run(session, "syrk", None)
+    assert session.out is not None
+    assert "problem 1 of 2 ended early: OutOfMemoryError: out of memory" in (session.out / "gpu.log").read_text()
+    assert len(rows(session)) == 3
+
+
 def test_a_provider_that_fails_is_recorded(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(session: gpu.Session, problem: problems.Problem, timing: suite.Timing) -> dict[str, Any]:
         def fails() -> None:
