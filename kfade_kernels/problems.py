@@ -368,7 +368,8 @@ def correction(
     def rotations(where: Device) -> Configuration:
         return choose("product", where, _basis_dtype(dtype), max(d_out, d_in), triton_version())
 
-    size = f"{sequences} × {tokens} tokens{', packed' if packed else ''}, {d_out} × {d_in}"
+    forms = f"{', packed' if packed else ''}{', rotated' if rotated else ''}"
+    size = f"{sequences} × {tokens} tokens{forms}, {d_out} × {d_in}"
     return Problem(
         "eigenvalue_correction_", "eigenvalue_correction", size, dtype,
         device, max(d_out, d_in),
