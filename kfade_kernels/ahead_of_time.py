@@ -41,11 +41,8 @@ _PRODUCT = {
     "sm_10": "tcgen05.mma",
     "gfx": "v_mfma_",
 }
-# TF32 operands must lie the other way round in shared memory, so float32 tiles come in pieces of 4 bytes.
-_ASYNCHRONOUS = {
-    2: re.compile(r"cp\.async\.cg\.shared\.global|cp\.async\.bulk\.tensor"),
-    4: re.compile(r"cp\.async\.c[ag]\.shared\.global|cp\.async\.bulk\.tensor"),
-}
+_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x([0-9a-f]+)[,;]")
+_TILE_COPY = "cp.async.bulk.tensor"
 
 
 @dataclass(frozen=True)
@@ -137,6 +134,16 @@ def _precisions(ttir: str) -> set[str]:
     return found
 
 
+def _is_asynchronous(ptx: str, variant: Variant, device: Device) -> bool:
+    """Whether both operands' tiles are copied asynchronously, once a stage of the pipeline."""
+    c = variant.configuration
+    if variant.constants.get("DESCRIPTORS"):
+        return ptx.count(_TILE_COPY) >= 2 * c.stages
+    copied = sum(int(size, 16) for size in _COPY.findall(ptx)) * c.warps * device.threads
+    left, right = variant.itemsizes
+    return copied >= c.stages * (c.block_m * left + c.block_n * right) * c.block_k
+
+
 def compile_variant(variant: Variant, architecture: str) -> Compiled:
     """Compile one variant for one architecture and check the result."""
     import triton
@@ -176,10 +183,10 @@ def compile_variant(variant: Variant, architecture: str) -> Compiled:
         faults.append(f"{spills} bytes spilled")
     if shared > device.shared_bytes:
         faults.append(f"{shared} bytes of shared memory of {device.shared_bytes}")
-    expected = {"16-bit"} if variant.itemsize == 2 else {c.precision}
+    expected = {"16-bit"} if max(variant.itemsizes) == 2 else {c.precision}
     if variant.products and precisions != expected:
         faults.append(f"products are {sorted(precisions)}, not {sorted(expected)}")
-    if variant.pipelined and architecture.startswith("sm_") and not _ASYNCHRONOUS[variant.itemsize].search(text):
+    if variant.pipelined and architecture.startswith("sm_") and not _is_asynchronous(text, variant, device):
         faults.append("loads are not asynchronous")
     if variant.pipelined and architecture.startswith("gfx") and not re.search(r"load_dwordx4", text):
         faults.append("loads are not 16 bytes wide")

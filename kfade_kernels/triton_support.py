@@ -117,7 +117,7 @@ class Variant:
         constants: the compile-time constants.
         configuration: what it was made from; warps, stages and the precision of float32 products.
         products: it multiplies on the matrix units.
-        itemsize: bytes of an element of the operands of its products.
+        itemsizes: bytes of an element of each operand of its products.
         pipelined: its loads must be asynchronous where the target can do that.
         aligned: names of pointer arguments that are not known to begin on 16 bytes are left out here.
     """
@@ -128,7 +128,7 @@ class Variant:
     constants: Mapping[str, Any]
     configuration: Configuration
     products: bool = True
-    itemsize: int = 2
+    itemsizes: tuple[int, int] = (2, 2)
     pipelined: bool = False
     aligned: tuple[str, ...] | None = None
 

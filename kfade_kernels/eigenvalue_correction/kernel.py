@@ -24,14 +24,15 @@ def _operands(
         keep = keep & (tl.load(mask + at, mask=keep, other=0) != 0)
     m = row0 + tl.arange(0, BM)
     n = col0 + tl.arange(0, BN)
-    line = at.to(tl.int64)[:, None]
+    line = at.to(tl.int64)
     if A_T:
-        a = tl.load(left + (line * left_stride + m[None, :]), mask=keep[:, None] & (m < rows)[None, :], other=0.0)
-        a = tl.trans(a)
+        # Addressed the other way round, not transposed: see the outer products.
+        where = left + (m[:, None] + line[None, :] * left_stride)
     else:
         where = left + (m.to(tl.int64)[:, None] * left_stride + at[None, :])
-        a = tl.load(where, mask=(m < rows)[:, None] & keep[None, :], other=0.0)
-    b = tl.load(right + (line * right_stride + n[None, :]), mask=keep[:, None] & (n < columns)[None, :], other=0.0)
+    a = tl.load(where, mask=(m < rows)[:, None] & keep[None, :], other=0.0)
+    where = right + (line[:, None] * right_stride + n[None, :])
+    b = tl.load(where, mask=keep[:, None] & (n < columns)[None, :], other=0.0)
     return a, b
 
 

@@ -264,7 +264,7 @@ def variants(device: Device) -> list[support.Variant]:
                 {"left": element, "right": element, "out": "*fp32", "mask": "*u8", "cu_seqlens": "*i64", **integers},
                 {"ADD": add, "PACKED": packed, "A_T": a_t, "MASKED": masked, "ALIGNED": is_aligned,
                  "PRECISION": c.precision, "BM": c.block_m, "BN": c.block_n, "BK": c.block_k, "GROUP": c.group},
-                c, itemsize=dtype.itemsize, pipelined=is_aligned,
+                c, itemsizes=(dtype.itemsize, dtype.itemsize), pipelined=is_aligned,
             )  # fmt: skip
             found[one.name, c] = one
     return list(found.values())

@@ -17,11 +17,18 @@ FIELDS = 14  # end, a, b, low part of b, c, m, n, k, strides of a, b, c, first a
 
 
 @triton.jit
-def _tile(base, stride, row0, col0, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile `[ROWS, COLUMNS]` of a row-major matrix `[rows, columns]`, zero outside."""
+def _tile(base, stride, row0, col0, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
+    """A tile `[ROWS, COLUMNS]` of a matrix `[rows, columns]`, zero outside; `T`: stored by columns.
+
+    What is stored by columns is addressed so, not transposed: a tile that was transposed in registers
+    would not be loaded asynchronously on sm_80.
+    """
     r = row0 + tl.arange(0, ROWS)
     c = col0 + tl.arange(0, COLUMNS)
-    where = base + (r.to(tl.int64)[:, None] * stride + c[None, :])
+    if T:
+        where = base + (r[:, None] + c.to(tl.int64)[None, :] * stride)
+    else:
+        where = base + (r.to(tl.int64)[:, None] * stride + c[None, :])
     return tl.load(where, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
 
 
@@ -95,20 +102,21 @@ def product_kernel(
             second = tl.load(entry + 12).to(tl.pointer_type(E_TYPE))
             e_stride = tl.load(entry + 13)
             damping = tl.load(dampings + p)
-            a_length = inner
-            b_length = columns
-            if A_T:
-                a_length = rows
-            if B_T:
-                b_length = inner
             if ALIGNED:
                 a = tl.multiple_of(a, 16)
                 b = tl.multiple_of(b, 16)
                 low = tl.multiple_of(low, 16)
                 a_stride = tl.multiple_of(a_stride, A_STEP)
                 b_stride = tl.multiple_of(b_stride, B_STEP)
-                a_length = tl.multiple_of(a_length, A_STEP)
-                b_length = tl.multiple_of(b_length, B_STEP)
+                # Of each operand the dimension in which it is stored consists of whole pieces of 16 bytes.
+                if A_T:
+                    rows = tl.multiple_of(rows, A_STEP)
+                else:
+                    inner = tl.multiple_of(inner, A_STEP)
+                if B_T:
+                    inner = tl.multiple_of(inner, B_STEP)
+                else:
+                    columns = tl.multiple_of(columns, B_STEP)
             tiles_m = tl.cdiv(rows, BM)
             tiles_n = tl.cdiv(columns, BN)
             for work in range(first_item, end, programs):
@@ -117,21 +125,11 @@ def product_kernel(
                 col0 = column * BN
                 acc = tl.zeros((BM, BN), tl.float32)
                 for k in range(0, inner, BK):
-                    if A_T:
-                        left = tl.trans(_tile(a, a_stride, k, row0, inner, a_length, BK, BM))
-                    else:
-                        left = _tile(a, a_stride, row0, k, rows, a_length, BM, BK)
-                    if B_T:
-                        right = tl.trans(_tile(b, b_stride, col0, k, columns, b_length, BN, BK))
-                    else:
-                        right = _tile(b, b_stride, k, col0, inner, b_length, BK, BN)
-                    left = as_operand(left, WIDEN)
-                    acc = tl.dot(left, as_operand(right, WIDEN), acc, input_precision=PRECISION)
+                    left = as_operand(_tile(a, a_stride, row0, k, rows, inner, BM, BK, A_T), WIDEN)
+                    right = as_operand(_tile(b, b_stride, k, col0, inner, columns, BK, BN, B_T), WIDEN)
+                    acc = tl.dot(left, right, acc, input_precision=PRECISION)
                     if PAIR:
-                        if B_T:
-                            rest = tl.trans(_tile(low, b_stride, col0, k, columns, b_length, BN, BK))
-                        else:
-                            rest = _tile(low, b_stride, k, col0, inner, b_length, BK, BN)
+                        rest = _tile(low, b_stride, k, col0, inner, columns, BK, BN, B_T)
                         acc = tl.dot(left, rest, acc, input_precision=PRECISION)
                 # In quarters: what the end needs would not fit in registers beside the whole tile.
                 H: tl.constexpr = BN // 2

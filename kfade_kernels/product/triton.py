@@ -168,7 +168,7 @@ def variants(device: Device) -> list[support.Variant]:
                      "C_TYPE": support.triton_type(c_type), "E_TYPE": support.triton_type(e), "A_T": a_t, "B_T": b_t,
                      "PAIR": pair, "FINISH": finish, "ALIGNED": is_aligned, "PRECISION": c.precision,
                      "BM": c.block_m, "BN": c.block_n, "BK": c.block_k, "GROUP": c.group, "FIELDS": FIELDS},
-                    c, itemsize=2 if a == b != f32 else 4, pipelined=is_aligned,
+                    c, itemsizes=(a.itemsize, b.itemsize), pipelined=is_aligned,
                 )  # fmt: skip
                 found[one.name, c] = one
     return list(found.values())

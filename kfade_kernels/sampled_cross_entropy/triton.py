@@ -215,7 +215,7 @@ def variants(device: Device) -> list[support.Variant]:
                         f"sampled_cross_entropy {form} {support.short(dtype)}{' keys' if sampled else ''}"
                         f"{'' if is_aligned else ' any rows'}",
                         kernel, {**shared, **signature}, _constants(c, sampled, is_aligned), c, products=False,
-                        itemsize=dtype.itemsize,
+                        itemsizes=(dtype.itemsize, dtype.itemsize),
                     )  # fmt: skip
                     found[one.name, c] = one
     return list(found.values())

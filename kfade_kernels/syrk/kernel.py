@@ -100,19 +100,21 @@ def syrk_kernel(
                 acc = tl.zeros((BM, BN), tl.float32)
                 for k in range(begin, finish, BK):
                     if DESCRIPTORS:
-                        left = left_tiles.load([k, row0])
+                        left = tl.trans(left_tiles.load([k, row0]))
                         right = right_tiles.load([k, col0])
                     else:
                         at = k + r
                         keep = at < finish
                         if MASKED:
                             keep = keep & (tl.load(mask + at, mask=keep, other=0) != 0)
-                        line = x + at.to(tl.int64)[:, None] * stride
-                        left_keep = keep[:, None] & (row0 + m < width)[None, :]
+                        # Left is addressed the other way round, not transposed: a tile that was transposed in
+                        # registers would not be loaded asynchronously on sm_80.
+                        line = x + at.to(tl.int64) * stride
+                        left_keep = (row0 + m < width)[:, None] & keep[None, :]
                         right_keep = keep[:, None] & (col0 + n < width)[None, :]
-                        left = tl.load(line + (row0 + m)[None, :], mask=left_keep, other=0.0)
-                        right = tl.load(line + (col0 + n)[None, :], mask=right_keep, other=0.0)
-                    acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+                        left = tl.load(line[None, :] + (row0 + m)[:, None], mask=left_keep, other=0.0)
+                        right = tl.load(line[:, None] + (col0 + n)[None, :], mask=right_keep, other=0.0)
+                    acc = tl.dot(left, right, acc, input_precision=PRECISION)
                 out, length = _packed_place(packed, row0, col0, order, PANEL)
                 row_limit = width - row0
                 col_limit = tl.minimum(width, length) - col0

@@ -225,7 +225,7 @@ def variants(device: Device) -> list[support.Variant]:
                     f"syrk {support.short(dtype)} {loads}{' masked' if masked else ''}", syrk_kernel, pointers,
                     {**shape, "DTYPE": support.triton_type(dtype), "MASKED": masked, "ALIGNED": is_aligned,
                      "DESCRIPTORS": c.descriptors, "PRECISION": c.precision, "BK": c.block_k, "FLUSH": c.flush},
-                    c, itemsize=dtype.itemsize, pipelined=is_aligned,
+                    c, itemsizes=(dtype.itemsize, dtype.itemsize), pipelined=is_aligned,
                 )  # fmt: skip
                 found[one.name, c] = one
                 strip = min(REDUCE_ROWS, c.block_m)
