@@ -28,7 +28,7 @@ import torch
 from .devices import Device
 
 FILE = "configurations.json"
-SIZES = (("small", 1024), ("medium", 4096))
+SIZES = (("small", 1024), ("medium", 6144))
 LARGEST = "large"
 # one extent of each class
 SIZE_EXAMPLES = (512, 2048, 8192)

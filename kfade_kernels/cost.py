@@ -212,7 +212,7 @@ def _outer_products(
 ) -> tuple[Part, ...]:
     rows = [n for n, _, _ in problems]
     tiles = [tiles_of(width, c) for _, width, _ in problems]
-    splits = [1] * len(problems) if device is None else splits_of(rows, tiles, c, device)
+    splits = [1] * len(problems) if device is None else splits_of(rows, tiles, c, device, dtype.itemsize)
     flops = float(sum(n * width**2 for n, width, _ in problems))
     moved = sum(n * width * dtype.itemsize + 2 * _STATE_BYTES * packed_elements(order) for n, width, order in problems)
     items = sum(count * parts for count, parts in zip(tiles, splits, strict=True))

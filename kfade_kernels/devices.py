@@ -43,6 +43,12 @@ class Device:
     l2_bytes: int
     launch_seconds: float = 4e-6
 
+    def product_flops(self, itemsize: int) -> float:
+        """Peak of products of 16-bit operands, or of float32-grade ones (three TF32 products, or AMD's own)."""
+        if itemsize == 2:
+            return self.bf16_flops
+        return self.tf32_flops if self.architecture.startswith("gfx") else self.tf32_flops / 3
+
 
 # Data sheets of the vendors: A100 SXM 80 GB, H100 SXM, H200 SXM, B200 (HGX, a GPU), MI300X.
 _KIB, _MIB = 1 << 10, 1 << 20

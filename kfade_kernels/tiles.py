@@ -60,9 +60,7 @@ def halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _write_columns(
-    x, out, length, row_limit, col_limit, scale, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
+def _write_columns(x, out, length, row_limit, col_limit, scale, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     m = tl.arange(0, BM)
     n = tl.arange(0, BN)
     where = out + (m[:, None] * length + n[None, :])

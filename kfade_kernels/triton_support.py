@@ -200,6 +200,28 @@ def grid(work: int, configuration: Configuration, device: Device) -> int:
     return max(1, min(work, configuration.programs * device.multiprocessors))
 
 
+def parts_of(tiles: int, programs: int, most: int, tile_seconds: float, part_seconds: float) -> int:
+    """In how many parts to sum each of `tiles` tiles: what should take least time, a function of its arguments alone.
+
+    With few tiles, or just more than programs, a launch leaves most of a device idle in its last round. Parts
+    fill it, but each goes through memory.
+
+    Args:
+        tiles: work items of one part.
+        programs: that run at once.
+        most: parts at most.
+        tile_seconds: of one tile, summed whole by one program.
+        part_seconds: that each part of each tile costs the device in memory traffic.
+    """
+    best, least = 1, -(-tiles // programs) * tile_seconds
+    for parts in range(2, most + 1):
+        seconds = -(-tiles * parts // programs) * tile_seconds / parts + tiles * parts * part_seconds
+        # More parts must be worth more than the error of this estimate.
+        if seconds < 0.95 * least:
+            best, least = parts, seconds
+    return best
+
+
 def triton_type(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""
     import triton.language as tl

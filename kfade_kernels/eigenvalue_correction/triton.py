@@ -22,6 +22,7 @@ from ..product.triton import Product, multiply, operand
 from ..rotation import rotate, rotates_tokens
 from ..rotation.reference import basis
 from ..syrk.reference import append_ones
+from ..syrk.triton import ATTAINED
 from .pytorch import describe_sides
 from .reference import sequences
 
@@ -81,13 +82,23 @@ def configure(left: Tensor, right: Tensor, is_aligned: bool) -> Configuration:
     return adapt(choose("eigenvalue_correction", device, dtype, extent, support.triton_version()), is_aligned)
 
 
-def splits_of(tiles: int, batch: int, c: Configuration, device: Device) -> int:
-    """Into how many parts the sequences go, a function of shapes and device alone."""
+def splits_of(tiles: int, batch: int, inner: int, c: Configuration, device: Device, itemsize: int) -> int:
+    """Into how many parts the sequences go, a function of shapes and device alone.
+
+    Args:
+        tiles: of Λ.
+        batch: sequences.
+        inner: summed rows of one of them.
+        c: configuration.
+        device: where it runs.
+        itemsize: bytes of an element of the operands.
+    """
     programs = c.programs * device.multiprocessors
-    if 2 * tiles > programs:
-        return 1
-    affordable = max(1, WORKSPACE_BYTES // (4 * tiles * c.block_m * c.block_n))
-    return max(1, min(programs // tiles, batch, affordable))
+    tile = c.block_m * c.block_n
+    rate = ATTAINED * device.product_flops(itemsize) / programs
+    most = min(batch, WORKSPACE_BYTES // (4 * tile * tiles))
+    # A part is written and read.
+    return support.parts_of(tiles, programs, most, 2 * tile * batch * inner / rate, 8 * tile / device.bandwidth)
 
 
 def add_squares(lam: Tensor, s: Squares) -> None:
@@ -100,7 +111,8 @@ def add_squares(lam: Tensor, s: Squares) -> None:
     c = configure(s.left, s.right, s.aligned)
     device = of_tensors(lam.device)
     tiles = -(-rows // c.block_m) * -(-columns // c.block_n)
-    splits = splits_of(tiles, s.batch, c, device)
+    inner = s.inner if s.cu_seqlens is None else -(-s.inner // s.batch)
+    splits = splits_of(tiles, s.batch, inner, c, device, max(s.left.element_size(), s.right.element_size()))
     out = lam if splits == 1 else torch.empty(splits, rows, columns, dtype=torch.float32, device=lam.device)
     packed = s.cu_seqlens is not None
     a_step, b_step = (16 // x.element_size() if s.aligned else 1 for x in (s.left, s.right))
@@ -225,7 +237,7 @@ def configuration(
     sides = describe_sides(lam, tokens, q_out, q_in)
     c = configure(g, a, _aligned(g) and _aligned(a))
     tiles = -(-lam.shape[0] // c.block_m) * -(-lam.shape[1] // c.block_n)
-    splits = splits_of(tiles, batch, c, of_tensors(lam.device))
+    splits = splits_of(tiles, batch, tokens, c, of_tensors(lam.device), max(g.element_size(), a.element_size()))
     parts = [f"sequences in {splits} parts"] if splits > 1 else []
     layout = "dense" if cu_seqlens is None else "packed"
     return ", ".join([f"{tiles} tiles of {c}", layout, *sides, *parts])

@@ -31,4 +31,8 @@ def refuses(x: Tensor, *_: object) -> str | None:
 
 def configuration(x: Tensor, q: Tensor, ones_column: bool) -> str:
     pair = q.ndim == 3 and x.dtype == torch.bfloat16
-    return "one bfloat16 product of twice the depth" if pair else f"one {torch.float32 if q.ndim == 3 else q.dtype} product"
+    return (
+        "one bfloat16 product of twice the depth"
+        if pair
+        else f"one {torch.float32 if q.ndim == 3 else q.dtype} product"
+    )

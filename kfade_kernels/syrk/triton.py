@@ -23,6 +23,9 @@ SMALLEST_ORDER, FEWEST_ROWS = 64, 16
 # A split must be worth its share of the second pass, and its workspace is bounded.
 ROWS_A_SPLIT = 512
 WORKSPACE_BYTES = 256 << 20
+MOST_PARTS = 64
+# Share of the peak that tiles are assumed to reach when parts are weighed against their traffic.
+ATTAINED = 0.6
 # Rows that do not begin on 16 bytes are loaded element by element, which takes registers.
 ANY_ROWS = Configuration(block_m=64, block_n=64, block_k=32, warps=4, stages=2)
 REDUCE, REDUCE_ROWS = Configuration(warps=4, stages=2), 16
@@ -81,19 +84,24 @@ def tiles_of(width: int, configuration: Configuration) -> int:
     return side * (side + 1) // 2 * (configuration.block_n // configuration.block_m)
 
 
-def splits_of(rows: Sequence[int], tiles: Sequence[int], configuration: Configuration, device: Device) -> list[int]:
-    """In how many parts the rows of each problem are summed: enough to occupy the device, and no more.
+def splits_of(
+    rows: Sequence[int], tiles: Sequence[int], configuration: Configuration, device: Device, itemsize: int
+) -> list[int]:
+    """In how many parts the rows of each problem are summed: what fills the device, and no more.
 
     A function of shapes and device alone, so that equal calls add in equal order.
     """
-    programs = configuration.programs * device.multiprocessors
     total = sum(tiles)
-    if total == 0 or 2 * total > programs:
+    if total == 0:
         return [1] * len(rows)
-    wanted = programs // total
-    tile_bytes = 4 * configuration.block_m * configuration.block_n
-    affordable = max(1, WORKSPACE_BYTES // (tile_bytes * total))
-    return [max(1, min(wanted, affordable, r // ROWS_A_SPLIT)) for r in rows]
+    programs = configuration.programs * device.multiprocessors
+    tile = configuration.block_m * configuration.block_n
+    mean_rows = sum(count * n for count, n in zip(tiles, rows, strict=True)) / total
+    rate = ATTAINED * device.product_flops(itemsize) / programs
+    most = min(MOST_PARTS, WORKSPACE_BYTES // (4 * tile * total), max(rows) // ROWS_A_SPLIT)
+    # A part is cleared, added to and read: four passes over its tile.
+    wanted = support.parts_of(total, programs, most, 2 * tile * mean_rows / rate, 16 * tile / device.bandwidth)
+    return [max(1, min(wanted, n // ROWS_A_SPLIT)) for n in rows]
 
 
 def configure(problems: Sequence[Problem], allow_tf32: bool) -> Configuration:
@@ -128,7 +136,7 @@ def _launch(problems: list[Problem], alpha: float, c: Configuration) -> None:
     device = of_tensors(where)
     dtype = support.triton_type(problems[0].x.dtype)
     tiles = [tiles_of(p.width, c) for p in problems]
-    splits = splits_of([p.rows for p in problems], tiles, c, device)
+    splits = splits_of([p.rows for p in problems], tiles, c, device, problems[0].x.element_size())
     table = support.Table(FIELDS)
     partial = split_tiles = 0
     for p, count, parts in zip(problems, tiles, splits, strict=True):
@@ -203,7 +211,8 @@ def describe(problems: Sequence[Problem], allow_tf32: bool) -> str:
         return "no rows"
     c = configure(groups[0], allow_tf32)
     tiles = [tiles_of(p.width, c) for p in groups[0]]
-    splits = splits_of([p.rows for p in groups[0]], tiles, c, of_tensors(groups[0][0].x.device))
+    x = groups[0][0].x
+    splits = splits_of([p.rows for p in groups[0]], tiles, c, of_tensors(x.device), x.element_size())
     parts = f", rows in {max(splits)} parts" if max(splits) > 1 else ""
     return f"{len(problems)} problems in {len(groups)} launches, {sum(tiles)} tiles of {c}{parts}"
 

@@ -96,7 +96,7 @@ def test_what_does_not_apply_is_passed_over() -> None:
     assert chosen([*others, *numbered({}, {}, {}, {}, {})[4:]]) == 5
 
 
-@pytest.mark.parametrize(("extent", "size"), [(1, 1), (1023, 1), (1024, 2), (4095, 2), (4096, 3), (10**6, 3)])
+@pytest.mark.parametrize(("extent", "size"), [(1, 1), (1023, 1), (1024, 2), (6143, 2), (6144, 3), (10**6, 3)])
 def test_size_classes(extent: int, size: int) -> None:
     assert chosen(numbered({"size": "small"}, {"size": "medium"}, {"size": "large"}), extent=extent) == size
 

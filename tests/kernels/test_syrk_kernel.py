@@ -68,10 +68,11 @@ def test_split_rows_are_added_in_order(form: Configuration, rows: int, monkeypat
     many = replace(devices.INTERPRETER, multiprocessors=40)
     monkeypatch.setattr(syrk, "of_tensors", lambda _: many)
     monkeypatch.setattr(syrk, "ROWS_A_SPLIT", 32)
+    # Parts are worth their traffic here, as if memory cost nothing.
+    monkeypatch.setattr(syrk.support, "parts_of", lambda _tiles, _programs, most, *_: most)
     x = torch.randn(rows, 40)
-    tiles = syrk.tiles_of(40, form)
-    (parts,) = syrk.splits_of([rows], [tiles], form, many)
-    assert parts == max(1, min(40 // tiles, rows // 32)) if 2 * tiles <= 40 else parts == 1
+    (parts,) = syrk.splits_of([rows], [syrk.tiles_of(40, form)], form, many, 4)
+    assert parts == rows // 32
     first, second = added(x, alpha=2.0, ones=True), added(x, alpha=2.0, ones=True)
     assert torch.equal(first, second)
     plain, truth = (2.0 * outer_sum(x, ones=True, dtype=t) for t in (torch.float32, torch.float64))
@@ -125,16 +126,22 @@ def test_problems_that_compile_alike_go_together() -> None:
     assert [len(group) for group in groups] == [1, 1, 2, 1]
 
 
-def test_splits_depend_on_shapes_alone_and_fit_their_workspace() -> None:
+def test_splits_fill_the_device_and_fit_their_workspace() -> None:
     h100 = devices.H100
     c = Configuration(block_m=128, block_n=128)
     for width, rows in ((576, 4096), (1024, 65536), (128, 10**6), (4096, 4096), (16384, 100)):
         tiles = syrk.tiles_of(width, c)
-        (parts,) = syrk.splits_of([rows], [tiles], c, h100)
+        (parts,) = syrk.splits_of([rows], [tiles], c, h100, 2)
         assert 1 <= parts <= max(1, rows // syrk.ROWS_A_SPLIT)
-        assert parts == 1 or parts * tiles <= h100.multiprocessors * c.programs
         assert parts == 1 or 4 * parts * tiles * c.block_m * c.block_n <= syrk.WORKSPACE_BYTES
-    assert syrk.splits_of([65536], [syrk.tiles_of(576, c)], c, h100) == [8]
+    # 15 tiles on 132 multiprocessors: eight parts fill them in one round.
+    assert syrk.splits_of([65536], [syrk.tiles_of(576, c)], c, h100, 2) == [8]
+    # 528 tiles are four whole rounds; parts could not be faster.
+    assert syrk.splits_of([16384], [syrk.tiles_of(4096, c)], c, h100, 2) == [1]
+    # 136 tiles would be two rounds, the second nearly empty.
+    assert syrk.splits_of([16384], [syrk.tiles_of(2048, c)], c, h100, 2)[0] > 1
+    # The parts of a group are chosen together, and no problem has more than its rows allow.
+    assert syrk.splits_of([65536, 600, 0], [15, 15, 15], c, h100, 2)[1:] == [1, 1]
 
 
 def test_tf32_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
