@@ -6,6 +6,7 @@ plain PyTorch expressions that it replaces, and its cost. Accumulators are scrat
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -555,37 +556,43 @@ def cross_entropy(
 def update(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, *, along: bool = True
 ) -> Problem:
-    """`apply_update_` of float32 deltas to weights of these shapes, `along` float32 gradients."""
+    """`apply_update_` of float32 deltas to weights of these shapes; `along` float32 gradients it is also measured."""
     weights = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     deltas = [1e-3 * torch.randn(shape, device=device) for shape in shapes]
     gradients = [torch.randn(shape, device=device) for shape in shapes] if along else None
 
     def norm(tensors: Sequence[Tensor]) -> float:
-        return sum(float(x.double().square().sum()) for x in tensors) ** 0.5 or 1.0
+        return math.sqrt(sum(float(x.double().square().sum()) for x in tensors))
 
     def results(wide: bool) -> list[Tensor]:
         targets = [_widen(w, wide).clone() for w in weights]
         given = None if gradients is None else [_widen(g, wide) for g in gradients]
         sums = apply_update_(targets, [_widen(d, wide) for d in deltas], 0.5, given)
+        if gradients is None:
+            return targets
         # The product, of terms of either sign, is held against what it could be at most.
-        scaled = torch.stack([sums[0] / norm(deltas) ** 2, sums[1] / (norm(deltas) * norm(gradients or []))])
+        scaled = torch.stack([sums[0] / norm(deltas) ** 2, sums[1] / (norm(deltas) * norm(gradients))])
         return [*targets, scaled.float()]
 
     def plain() -> object:
         for w, d in zip(weights, deltas, strict=True):
             w.add_(d, alpha=0.5)
+        if gradients is None:
+            return None
         squares = sum(d.square().sum() for d in deltas)
-        return squares, sum((d * g).sum() for d, g in zip(deltas, gradients or [], strict=False))
+        return squares, sum(torch.dot(d.view(-1), g.view(-1)) for d, g in zip(deltas, gradients, strict=True))
 
     def together() -> object:
-        torch._foreach_add_(weights, [d.to(dtype) for d in deltas], alpha=0.5)
-        squares = torch.stack(torch._foreach_norm(deltas)).square().sum()
-        products = torch._foreach_mul(deltas, gradients) if gradients else []
-        return squares, sum(p.sum() for p in products)
+        torch._foreach_add_(weights, deltas if dtype == torch.float32 else [d.to(dtype) for d in deltas], alpha=0.5)
+        if gradients is None:
+            return None
+        products = torch._foreach_mul(deltas, gradients)
+        return torch.stack(torch._foreach_norm(deltas)).square().sum(), sum(p.sum() for p in products)
 
     elements = sum(weight.numel() for weight in weights)
     return Problem(
-        "apply_update_", "apply_update", f"{len(shapes)} weights, {elements} elements", dtype, device, elements,
+        "apply_update_", "apply_update",
+        f"{len(shapes)} weights, {elements} elements{', measured' if along else ''}", dtype, device, elements,
         run=lambda: apply_update_(weights, deltas, 0.5, gradients),
         results=results,
         cost=lambda c, where: cost.apply_update(

@@ -1,4 +1,4 @@
-"""`apply_update_`: add an update to many weights at once, and measure it on the way."""
+"""`apply_update_`: add an update to many weights at once, and where asked for measure it on the way."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def _prepare(
         check.tensor(f"weights[{i}]", weight, ndim=_ANY_NDIM)
         check.same_device(f"weights[{i}]", weight, "weights[0]", targets[0].device)
     _check_like_weights("deltas", added, targets, check.STATES)
-    along = [] if gradients is None else _as_list("gradients", gradients)
-    if gradients is not None:
+    along = None if gradients is None else _as_list("gradients", gradients)
+    if along is not None:
         _check_like_weights("gradients", along, targets, check.FLOATS)
     return targets, added, check.finite("scale", scale), along
 
 
-def _fake(weights: list[Tensor], *_: object) -> Tensor:
-    return torch.empty(2, dtype=torch.float64, device=weights[0].device if weights else "cpu")
+def _fake(weights: list[Tensor], deltas: list[Tensor], scale: float, gradients: list[Tensor] | None) -> Tensor:
+    return reference.no_sums(weights) if gradients is None else reference.zero_sums(weights)
 
 
 _apply = declare(
     "apply_update_",
-    "(Tensor(a!)[] weights, Tensor[] deltas, float scale, Tensor[] gradients) -> Tensor",
+    "(Tensor(a!)[] weights, Tensor[] deltas, float scale, Tensor[]? gradients) -> Tensor",
     _prepare,
     _fake,
     [
@@ -73,7 +73,7 @@ def apply_update_(
     scale: float = 1.0,
     gradients: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Add `scale · Δ` to weights, in place; return `‖scale · Δ‖²` and `scale · ⟨Δ, gradient⟩`.
+    """Add `scale · Δ` to weights, in place; with gradients return `‖scale · Δ‖²` and `scale · ⟨Δ, gradient⟩`.
 
     The two numbers predict what the update does to the model without any product with the Fisher matrix F.
     For `Δ = (F + λI)⁻¹ v` we have `F Δ = v − λΔ`, so the predicted KL is
@@ -85,19 +85,21 @@ def apply_update_(
             may require gradients; autograd does not see the addition.
         deltas: float32 or float64, one for each weight, of its shape; they share no memory with the weights.
         scale: of the whole update.
-        gradients: the v above, of any float dtype, one for each weight and of its shape; None for none.
+        gradients: the v above, of any float dtype, one for each weight and of its shape; None for the plain
+            addition, without the two numbers.
 
     Returns:
-        `[2]` float64, on the device of the weights: the squared norm, and the product with the gradients (0
-        without them). The sum is computed in the wider dtype of weight and delta (float32 at least) and
-        rounded once to that of the weight; the two numbers are of Δ itself, not of what rounding left of it.
+        `[2]` float64, on the device of the weights: the squared norm, and the product with the gradients;
+        `[0]` without gradients. The weight is computed in the wider dtype of weight and delta (float32 at
+        least) and rounded once to its own; the two numbers are of Δ itself, not of what rounding left of it.
 
     Raises:
         TypeError: an argument is not of its type or dtype.
         ValueError: lengths, shapes or devices do not agree, `scale` is not finite, or weights overlap;
             nothing is changed then.
 
-    Cost: every weight is read and written once, every delta and gradient read once.
+    Cost: every weight is read and written once, every delta and gradient read once (on a CPU the two numbers
+    take about four times as long as a float32 addition).
     """
     result: Tensor = _apply(*_prepare(weights, deltas, scale, gradients))
     return result

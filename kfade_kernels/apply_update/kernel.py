@@ -1,8 +1,8 @@
 """The kernel of `apply_update_`: a stream over the elements of many tensors in one launch.
 
 A tensor is one row of a table; a work item is one block of its elements. Programs are persistent: program p
-takes items p, p + programs, ... Each item leaves its two sums in a place of its own, so that they can be
-added in a fixed order.
+takes items p, p + programs, ... With gradients each item leaves its two sums in a place of its own, so that
+they can be added in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 FIELDS = 5  # end, weight, delta, gradient, elements
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def apply_update_kernel(
     table,
     tensors,
@@ -54,8 +54,8 @@ def apply_update_kernel(
                 d = tl.load(delta + at + n, mask=keep, other=0.0)
                 w = tl.load(weight + at + n, mask=keep, other=0.0)
                 tl.store(weight + at + n, (w.to(tl.float32) + scale * d).to(DTYPE), mask=keep)
-                tl.store(partials + 2 * item, tl.sum(d * d, 0))
                 if GRADIENTS:
+                    tl.store(partials + 2 * item, tl.sum(d * d, 0))
                     g = tl.load(gradient + at + n, mask=keep, other=0.0)
                     tl.store(partials + 2 * item + 1, tl.sum(d * g, 0))
         start = end

@@ -29,15 +29,23 @@ def require_distinct(weights: list[Tensor]) -> None:
             )
 
 
-def run(weights: list[Tensor], deltas: list[Tensor], scale: float, gradients: list[Tensor]) -> Tensor:
+def zero_sums(weights: list[Tensor]) -> Tensor:
+    """Squared norm and product with the gradients of nothing, `[2]` float64 where the weights are."""
+    return torch.zeros(2, dtype=torch.float64, device=weights[0].device if weights else None)
+
+
+def no_sums(weights: list[Tensor]) -> Tensor:
+    """What is returned without gradients, `[0]` float64."""
+    return torch.empty(0, dtype=torch.float64, device=weights[0].device if weights else None)
+
+
+def run(weights: list[Tensor], deltas: list[Tensor], scale: float, gradients: list[Tensor] | None) -> Tensor:
     require_distinct(weights)
-    device = weights[0].device if weights else None
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for i, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
+    total = zero_sums(weights)
+    for delta, gradient in zip(deltas, gradients or [], strict=False):
         step = scale * delta.double()
-        total[0] += step.square().sum()
-        if gradients:
-            total[1] += (step * gradients[i].double()).sum()
+        total += torch.stack([step.square().sum(), (step * gradient.double()).sum()])
+    for weight, delta in zip(weights, deltas, strict=True):
         wide = torch.promote_types(weight.dtype, delta.dtype)
         weight.copy_(weight.to(wide) + scale * delta.to(wide))
-    return total
+    return no_sums(weights) if gradients is None else total

@@ -1,7 +1,7 @@
 """`apply_update_` by Triton: all tensors of a call in one launch, each weight read and written once.
 
-Bytes an element: weight twice, delta and gradient once. Each block's two sums are float32 (a square below
-1e-38 counts as zero there) and are added in float64 in their order: no atomics, equal bits.
+Bytes an element: weight twice, delta and gradient once. With gradients each block's two sums are float32 (a
+square below 1e-38 counts as zero there) and are added in float64 in their order: no atomics, equal bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import triton_support as support
 from ..configurations import Configuration, choose
 from ..devices import Device, of_tensors
-from .reference import require_distinct
+from .reference import no_sums, require_distinct, zero_sums
 
 # A block, whatever the device: threads without elements to work on are wasted.
 SMALLEST_BLOCK = 1024
@@ -39,7 +39,7 @@ class _Entry:
         return self.weight.numel() % STEP == 0 and all(x.data_ptr() % 16 == 0 for x in given)
 
 
-def _alike(weights: list[Tensor], deltas: list[Tensor], gradients: list[Tensor]) -> list[list[_Entry]]:
+def _alike(weights: list[Tensor], deltas: list[Tensor], gradients: list[Tensor] | None) -> list[list[_Entry]]:
     """Entries that one compiled kernel serves: same dtype and alignment."""
     groups: dict[tuple[torch.dtype, bool], list[_Entry]] = {}
     for i, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
@@ -60,8 +60,8 @@ def _configure(entries: list[_Entry]) -> Configuration:
     return _adapt(found, entries[0].aligned)
 
 
-def _launch(entries: list[_Entry], scale: float) -> Tensor:
-    """Add one group; returns its two unscaled sums `[2]` float64."""
+def _launch(entries: list[_Entry], scale: float, *, measured: bool) -> Tensor:
+    """Add one group; returns its two unscaled sums `[2]` float64, which are zero if they are not `measured`."""
     from .kernel import FIELDS, apply_update_kernel
 
     c = _configure(entries)
@@ -72,31 +72,34 @@ def _launch(entries: list[_Entry], scale: float) -> Tensor:
             -(-e.weight.numel() // c.block_n), e.weight.data_ptr(), e.delta.data_ptr(), support.address(e.gradient),
             e.weight.numel(),
         )  # fmt: skip
-    partials = torch.zeros(table.work, 2, dtype=torch.float32, device=where)
+    partials = torch.empty(table.work if measured else 0, 2, dtype=torch.float32, device=where)
     support.launch(
         apply_update_kernel, support.grid(table.work, c, of_tensors(where)), c, where, table=table.to(where),
         tensors=len(entries), partials=partials, scale=scale, DTYPE=support.triton_type(entries[0].weight.dtype),
-        GRADIENTS=entries[0].gradient is not None, ALIGNED=entries[0].aligned, BLOCK=c.block_n, STEP=STEP,
+        GRADIENTS=measured, ALIGNED=entries[0].aligned, BLOCK=c.block_n, STEP=STEP,
         FIELDS=FIELDS,
     )  # fmt: skip
     return partials.sum(0, dtype=torch.float64)
 
 
-def run(weights: list[Tensor], deltas: list[Tensor], scale: float, gradients: list[Tensor]) -> Tensor:
+def run(weights: list[Tensor], deltas: list[Tensor], scale: float, gradients: list[Tensor] | None) -> Tensor:
     require_distinct(weights)
-    total = torch.zeros(2, dtype=torch.float64, device=weights[0].device)
-    for group in _alike(weights, deltas, gradients):
-        total += _launch(group, scale)
+    groups = _alike(weights, deltas, gradients)
+    if gradients is None:
+        for group in groups:
+            _launch(group, scale, measured=False)
+        return no_sums(weights)
+    total = sum((_launch(group, scale, measured=True) for group in groups), zero_sums(weights))
     return torch.stack([total[0] * scale**2, total[1] * scale])
 
 
-def refuses(weights: list[Tensor], deltas: list[Tensor], _scale: float, gradients: list[Tensor]) -> str | None:
+def refuses(weights: list[Tensor], deltas: list[Tensor], _scale: float, gradients: list[Tensor] | None) -> str | None:
     if not weights:
         return "there are no weights"
     reason = support.refusal("apply_update_", "weights", weights[0].device, (x.dtype for x in weights + deltas))
     if reason is not None:
         return reason
-    for name, tensors in (("weights", weights), ("deltas", deltas), ("gradients", gradients)):
+    for name, tensors in (("weights", weights), ("deltas", deltas), ("gradients", gradients or [])):
         for i, x in enumerate(tensors):
             if not x.is_contiguous():
                 return f"{name}[{i}] is not contiguous"
@@ -105,7 +108,7 @@ def refuses(weights: list[Tensor], deltas: list[Tensor], _scale: float, gradient
     return None
 
 
-def configuration(weights: list[Tensor], deltas: list[Tensor], _scale: float, gradients: list[Tensor]) -> str:
+def configuration(weights: list[Tensor], deltas: list[Tensor], _scale: float, gradients: list[Tensor] | None) -> str:
     groups = _alike(weights, deltas, gradients)
     if not groups:
         return "no elements"

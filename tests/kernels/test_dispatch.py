@@ -60,7 +60,7 @@ def schema_arguments(operation: str) -> list[tuple[Any, ...]]:
         ],
         "apply_update_": [
             ([torch.randn(7, 130), torch.randn(4).half()], [x, torch.randn(4)], -2.0, [x, torch.randn(4)]),
-            ([torch.randn(7, 130)], [x], 1.0, []),
+            ([torch.randn(7, 130)], [x], 1.0, None),
             ([], [], 1.0, []),
         ],
         "eigenvalue_correction_": [
@@ -115,6 +115,7 @@ def calls() -> dict[str, Callable[..., Any]]:
     def applied(x: torch.Tensor) -> torch.Tensor:
         one, two = x.sin(), torch.ones(3)
         found = kk.apply_update_([one, two], [x, x[0, :3]], 0.5, [x.cos(), x[1, :3]])
+        kk.apply_update_([two], [x[2, :3]])
         return one * 2 + two.sum() + found.float().sum()
 
     def correction(x: torch.Tensor) -> torch.Tensor:
