@@ -66,11 +66,10 @@ class Configuration:
     flush: int = 8192
 
     def __str__(self) -> str:
+        precision = "" if self.precision == "ieee" else f", {self.precision}"
         loads = ", descriptors" if self.descriptors else ""
-        return (
-            f"{self.block_m}×{self.block_n}×{self.block_k}, {self.warps} warps,"
-            f" {self.stages} stages, {self.precision}{loads}"
-        )
+        tile = f"{self.block_m}×{self.block_n}×{self.block_k}"
+        return f"{tile}, {self.warps} warps, {self.stages} stages{precision}{loads}"
 
 
 def size_class(extent: int) -> str:

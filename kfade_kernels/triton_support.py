@@ -95,6 +95,8 @@ def refusal(operation: str, name: str, device: torch.device, dtypes: Iterable[to
     kinds = set(dtypes)
     if torch.float64 in kinds:
         return "float64"
+    if device.type == "cuda" and interpreted():
+        return "Triton's interpreter reads addresses of the CPU alone"
     enabled = "triton" in os.environ.get(ENABLE, "").split(",")
     if device.type == "cpu":
         if torch.bfloat16 in kinds:

@@ -112,6 +112,6 @@ def refuses(v: list[Tensor], a: list[Tensor | None], q_out: list[Tensor], q_in: 
 
 def configuration(v: list[Tensor], a: list[Tensor | None], q_out: list[Tensor], q_in: list[Tensor], *_: object) -> str:
     largest = max(range(len(v)), key=lambda i: q_out[i].shape[0] * q_in[i].shape[0])
-    q = operand(q_out[largest])
-    c = configure(Product(q, q, q))
+    d_out, d_in = q_out[largest].shape[0], q_in[largest].shape[0]
+    c = configure(v[0].device, torch.float32, torch.float32, max(d_out, d_in), d_out % 4 == d_in % 4 == 0)
     return f"four grouped launches for {len(v)} problems, tiles of {c}"

@@ -56,7 +56,8 @@ def _finish(
     tl.store(where, x.to(c.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# The number of problems varies from call to call: one compiled form serves all.
+@triton.jit(do_not_specialize=["problems"])
 def product_kernel(
     table,
     dampings,

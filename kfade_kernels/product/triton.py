@@ -74,11 +74,12 @@ def adapt(found: Configuration, is_aligned: bool) -> Configuration:
     return found if is_aligned else replace(ANY_ROWS, precision=found.precision, group=found.group)
 
 
-def configure(p: Product) -> Configuration:
-    device = of_tensors(p.a.device)
-    dtype = p.b.dtype if p.a.dtype == p.b.dtype else torch.float32
-    found = choose("product", device, dtype, max(p.c.shape), support.triton_version())
-    return adapt(found, p.aligned)
+def configure(
+    device: torch.device, left: torch.dtype, right: torch.dtype, extent: int, is_aligned: bool
+) -> Configuration:
+    """The configuration of products of operands of these dtypes whose results are up to `extent` wide or high."""
+    dtype = left if left == right else torch.float32
+    return adapt(choose("product", of_tensors(device), dtype, extent, support.triton_version()), is_aligned)
 
 
 def multiply(products: Sequence[Product]) -> None:
@@ -106,7 +107,7 @@ def _launch(products: list[Product]) -> None:
     where = one.a.device
     # Largest first: programs that finish early then have small tiles left to take.
     products = sorted(products, key=lambda p: -p.a.shape[1])
-    c = configure(max(products, key=lambda p: max(p.c.shape)))
+    c = configure(where, one.a.dtype, one.b.dtype, max(max(p.c.shape) for p in products), one.aligned)
     table = support.Table(FIELDS)
     for p in products:
         (m, k), n = p.a.shape, p.b.shape[1]

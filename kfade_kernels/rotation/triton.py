@@ -41,7 +41,8 @@ def refuses(x: Tensor, q: Tensor, *_: object) -> str | None:
 
 
 def configuration(x: Tensor, q: Tensor, ones_column: bool) -> str:
-    rows = support.rows_of(x if x.ndim > 1 else x.unsqueeze(0))
-    result = torch.empty(rows.shape[0], q.shape[-1], dtype=result_dtype(x, q), device="meta")
-    p = _product(rows, q, ones_column, result)
-    return f"{'a pair' if p.low is not None else 'one product'}, tiles of {configure(p)}"
+    pair = q.ndim == 3 and x.dtype == torch.bfloat16
+    basis_dtype = torch.bfloat16 if pair else torch.float32
+    is_aligned = all(width % 8 == 0 for width in (x.shape[-1], q.shape[-1]))
+    c = configure(x.device, x.dtype, basis_dtype, max(x.shape[:-1].numel(), q.shape[-1]), is_aligned)
+    return f"{'a pair' if pair else 'one product'}, tiles of {c}"
