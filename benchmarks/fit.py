@@ -111,8 +111,14 @@ def kronfluence_task(names: list[str]) -> Any:
 
 
 def run_kronfluence(
-    model: LlamaForCausalLM, data: list[dict[str, Tensor]], autocast: str, names: list[str]
+    model: LlamaForCausalLM,
+    data: list[dict[str, Tensor]],
+    autocast: str,
+    names: list[str],
+    *,
+    with_default: bool = True,
 ) -> tuple[Stages, dict[str, dict[str, Tensor]]]:
+    """Seconds and memory of each stage, and the factors; `with_default` decomposes in float64 too, its default."""
     from kronfluence.analyzer import prepare_model
     from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
     from kronfluence.factor.eigen import fit_lambda_matrices_with_loader, perform_eigendecomposition
@@ -135,6 +141,8 @@ def run_kronfluence(
     )
     total = time.perf_counter() - begin
     stages = {**clock.stages, "whole fit": (total, max(memory for _, memory in clock.stages.values()))}
+    if not with_default:
+        return stages, {**covariances, **eigen, **lambdas}
     arguments.eigendecomposition_dtype = torch.float64
     clock("eigh, default", lambda: perform_eigendecomposition(covariances, wrapped, state, arguments, True))
     default, memory = clock.stages["eigh, default"]

@@ -6,9 +6,11 @@
     python benchmarks/gpu.py --dry-run --device H100            # without a GPU: tiny checks, and what would be timed
 
 Needs this checkout, torch and Triton; the part `fit` needs transformers as well, and takes kronfluence along if
-it is installed. Each part ends within its budget and keeps what it measured until then. Data is random, the
-last-level cache is cold, providers take turns, and the median is printed beside what the cost model predicts.
-Rows are appended to `benchmarks/results/gpu.csv`, and to DIR if `--out` is given, with a log.
+it is installed. Each part ends within its budget and keeps what it measured until then; `--first` takes it up
+again. It runs in a process of its own: one that dies, hangs or leaves the device unusable is replaced by one that
+goes on after what did it. Data is random, the last-level cache is cold, providers take turns, and the median is
+printed beside what the cost model predicts. Rows are appended to `benchmarks/results/gpu.csv`, and to DIR if
+`--out` is given, with a log and `verified.json`.
 
 The part `correctness` holds every operation against float64, in every dtype and with every shipped
 configuration, twice for equal bits. An operation that passes is entered in `kfade_kernels/verified.json`, which
@@ -21,11 +23,13 @@ import argparse
 import datetime
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,7 @@ import torch  # noqa: E402
 from kfade_kernels import cost, problems  # noqa: E402
 from kfade_kernels.configurations import Configuration, forced, has_descriptors  # noqa: E402
 from kfade_kernels.cost import Cost, Prediction, predict, product_rate  # noqa: E402
-from kfade_kernels.devices import ARCHITECTURES, DEVICES, Device, of_tensors  # noqa: E402
+from kfade_kernels.devices import ARCHITECTURES, DEVICES, H100, Device, of_tensors  # noqa: E402
 from kfade_kernels.problems import Problem  # noqa: E402
 from kfade_kernels.timing import Timer, Times, Work, extra_bytes, interleaved  # noqa: E402
 from kfade_kernels.triton_support import (  # noqa: E402
@@ -52,11 +56,15 @@ from kfade_kernels.triton_support import (  # noqa: E402
     triton_version,
 )  # fmt: skip
 from records import RESULTS, append, installed  # noqa: E402
-from suite import BATCH, CHECKS, EIGH, MODELS, PLAN, SEQUENCES, TOKENS, Shape, Timing  # noqa: E402
+from suite import BATCH, CHECKS, EIGH, MODELS, PLAN, SEQUENCES, TOKENS, Make, Shape, Timing  # noqa: E402
 
 PARTS = ("correctness", "syrk", "grouped", "correction", "solve", "eigh", "fit", "cross-entropy", "apply")
 PACKAGES = ("torch", "triton", "transformers", "kronfluence")
 REPEATS = 20
+# Exit codes of the process of a part, besides 0; of one that is killed for time.
+WRONG, UNUSABLE, LATE = 4, 3, 5
+# Seconds: after the budget until that process is ended, for one step of kernels, for a compiler's search.
+GRACE, STUCK, COMPILING = 20.0, 240.0, 150.0
 DRY_DTYPES = (torch.float16, torch.float32)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,6 +81,9 @@ class Session:
         results: directory of the rows.
         begin: when the part began.
         failed: operations that were seen to be wrong.
+        first: number of the problem to begin with.
+        without: providers of that problem to leave out, since a process has ended in them.
+        progress: file of the number that is worked on, and of the provider.
     """
 
     where: torch.device
@@ -82,6 +93,9 @@ class Session:
     results: Path = RESULTS
     begin: float = field(default_factory=time.monotonic)
     failed: list[str] = field(default_factory=list)
+    first: int = 0
+    without: Sequence[str] = ()
+    progress: Path | None = None
 
     def left(self) -> float:
         """Seconds of this part's budget that are left."""
@@ -94,6 +108,25 @@ class Session:
             with (self.out / "gpu.log").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
+    def begins(self, number: int, provider: str = "") -> None:
+        """Note what is worked on, for whoever finds this process dead."""
+        if self.progress is not None:
+            temporary = self.progress.with_suffix(".part")
+            temporary.write_text(f"{number}\t{provider}", encoding="utf-8")
+            temporary.replace(self.progress)
+
+    def leaves_out(self, number: int, provider: str) -> bool:
+        return number == self.first and provider in self.without
+
+    def remaining(self, count: int) -> Iterator[int]:
+        """Numbers of the problems that there is time for, from `first` on."""
+        for number in range(self.first, count):
+            if self.left() < 0:
+                self.say(f"budget spent: {count - number} of {count} problems are left out; --first {number} goes on")
+                return
+            self.begins(number)
+            yield number
+
     def wait(self) -> None:
         """Until the device has done all that was launched."""
         if self.where.type == "cuda":
@@ -101,7 +134,7 @@ class Session:
 
     def record(self, rows: list[dict[str, Any]]) -> None:
         """Append rows now, so that what was measured stays whatever comes after."""
-        for folder in (self.results, self.out):
+        for folder in (self.out, self.results):
             if folder is not None and rows:
                 append("gpu", rows, packages=PACKAGES, folder=folder)
 
@@ -152,13 +185,25 @@ def configurations_of(problem: Problem, device: Device) -> Iterator[tuple[torch.
     yield from dict.fromkeys(variants)
 
 
+class UnusableError(Exception):
+    """An error has left the device unusable for this process."""
+
+
 def broken(session: Session) -> bool:
-    """Whether an error has left the device unusable."""
+    """Whether an error has left the device unusable; if not, what the last problem held is freed."""
     try:
         session.wait()
+        torch.cuda.empty_cache()
     except RuntimeError:
         return True
     return False
+
+
+def require_usable(session: Session) -> None:
+    """Raise UnusableError if an error has left the device unusable."""
+    if broken(session):
+        session.say("  the device is unusable after that error")
+        raise UnusableError
 
 
 def check_problem(session: Session, problem: Problem) -> Iterator[tuple[str, str | None]]:
@@ -167,12 +212,7 @@ def check_problem(session: Session, problem: Problem) -> Iterator[tuple[str, str
     if refused is not None:
         yield "", f"Triton does not serve it: {refused}"
         return
-    try:
-        against = problems.reference(problem)
-    except RuntimeError as error:
-        # Nothing is known to be right then.
-        yield "", f"the reference failed: {reason(error)}"
-        return
+    against = problems.reference(problem)
     for dtype, configuration in configurations_of(problem, session.device):
         name = str(configuration)
         with forced(problem.kernel, configuration, dtype), problems.by_triton():
@@ -180,38 +220,56 @@ def check_problem(session: Session, problem: Problem) -> Iterator[tuple[str, str
                 yield name, problems.fault(problem, against)
             except Exception as error:  # what a compiler or a driver fails with is a finding here
                 yield name, reason(error)
+                if broken(session):
+                    return
+
+
+def checks_of(only: str | None, dry: bool) -> list[tuple[str, torch.dtype, Make]]:
+    """Operation, dtype and maker of every problem that is checked, one operation after the other."""
+    return [
+        (operation, dtype, make)
+        for operation, checks in CHECKS.items()
+        if only in (None, operation)
+        for dtype, make in checks.problems(dry, DRY_DTYPES if dry else DTYPES)
+    ]
 
 
 def correctness(session: Session, only: str | None = None, *, dry: bool = False) -> None:
-    """Check every operation, and switch on those that pass."""
-    for operation, checks in CHECKS.items():
-        if only is not None and operation != only:
-            continue
-        faults: list[str] = []
-        count = 0
-        finished = True
-        for dtype, make in checks.problems(dry, DRY_DTYPES if dry else DTYPES):
-            if session.left() < 0:
-                finished = False
-                break
-            torch.manual_seed(0)
+    """Check every operation, and switch on those that pass; one that fails is switched off at once."""
+    checks = checks_of(only, dry)
+    for operation in session.failed:
+        session.verdict(operation, False)
+    count = wrong = 0
+    for number in session.remaining(len(checks)):
+        operation, dtype, make = checks[number]
+        if number == session.first or checks[number - 1][0] != operation:
+            count = wrong = 0
+        torch.manual_seed(0)
+        try:
             problem = make(session.where)
-            for name, fault in check_problem(session, problem):
-                count += 1
-                if fault is not None:
-                    faults.append(f"{problem.size}, {short(dtype)}, {name}: {fault}")
-                    session.say(f"  wrong: {operation} {faults[-1]}")
-            if faults and broken(session):
-                session.say("  the device is unusable after that error; run the other operations with --operation")
-                break
-        result = f"{len(faults)} wrong" if faults else "right" if finished else "not finished within the budget"
-        session.say(f"{operation:24}{count:5} checks  {result}")
-        if faults:
-            session.failed.append(operation)
-        if not dry and (faults or finished):
-            session.verdict(operation, not faults)
-        if faults and broken(session):
-            return
+            found = [(problem.size, *one) for one in check_problem(session, problem)]
+        except Exception as error:  # nothing is known to be right then
+            found = [("a problem", "", f"could not be made or referred to: {reason(error)}")]
+        for size, name, fault in found:
+            count += 1
+            if fault is None:
+                continue
+            wrong += 1
+            session.say(f"  wrong: {operation} {size}, {short(dtype)}, {name}: {fault}")
+            if operation not in session.failed:
+                session.failed.append(operation)
+                if not dry:
+                    session.verdict(operation, False)
+        if number + 1 == len(checks) or checks[number + 1][0] != operation:
+            whole = number + 1 - session.first >= sum(one[0] == operation for one in checks)
+            right = operation not in session.failed
+            result = (
+                "right" if right and whole else f"{wrong} wrong" if wrong else "wrong" if not right else "not whole"
+            )
+            session.say(f"{operation:24}{count:5} checks  {result}")
+            if right and whole and not dry:
+                session.verdict(operation, True)
+        require_usable(session)
 
 
 # ----------------------------------------------------------------------------------------- timing
@@ -236,7 +294,9 @@ def providers_of(session: Session, problem: Problem, timing: Timing) -> dict[str
 
     # One of them may be an operation of ours, called in another way.
     found = {name: switched(work, enable="triton") for name, work in problem.baselines.items()}
-    if timing.compiled:
+    if timing.compiled and session.left() < COMPILING:
+        session.say("  too little of the budget is left for torch.compile")
+    elif timing.compiled:
         compiled = torch.compile(problem.baselines[timing.compiled], mode="max-autotune")
         found[f"{timing.compiled}, torch.compile"] = compiled
     if problem.operation in ("syrk_", "rotate", "kron_solve", "eigenvalue_correction_"):
@@ -255,13 +315,13 @@ def attempt(session: Session, work: Work) -> str | None:
         work()
         session.wait()
     except Exception as error:  # one provider out of memory must not end the comparison
-        torch.cuda.empty_cache()
         return reason(error)
     return None
 
 
-def time_problem(session: Session, part: str, timing: Timing) -> None:
+def time_problem(session: Session, part: str, number: int) -> None:
     """Time all providers of one problem, in turns, and record them."""
+    timing = PLAN[part][number]
     torch.manual_seed(0)
     problem = timing.make(session.where)
     c = problem.configuration(session.device)
@@ -270,7 +330,16 @@ def time_problem(session: Session, part: str, timing: Timing) -> None:
     session.say(f"\n{problem.operation} {problem.size}, {short(problem.dtype)}; {c}")
     head(session)
     providers = providers_of(session, problem, timing)
-    failures = {name: attempt(session, work) for name, work in providers.items()}
+    failures: dict[str, str | None] = {}
+    for name, work in providers.items():
+        if session.leaves_out(number, name):
+            failures[name] = "a process ended in it"
+            continue
+        session.begins(number, name)
+        failures[name] = attempt(session, work)
+        if failures[name] is not None:
+            session.say(f"{name:36}  {failures[name]}")
+            require_usable(session)
     works = {name: work for name, work in providers.items() if failures[name] is None}
     times = interleaved(works, Timer(session.where), repeats=REPEATS, seconds=max(1.0, session.left() / 4))
     first = next((name for name in works if not name.startswith("kfade")), None)
@@ -291,7 +360,6 @@ def time_problem(session: Session, part: str, timing: Timing) -> None:
     for name, why in failures.items():
         if why is not None:
             rows.append(row(part, names(problem), name, note=why))
-            session.say(f"{name:36}  {why}")
     session.record(rows)
 
 
@@ -338,45 +406,56 @@ def print_row(session: Session, r: Mapping[str, Any]) -> None:
 
 
 def time_part(session: Session, part: str) -> None:
-    for number, timing in enumerate(PLAN[part]):
-        if session.left() < 0:
-            session.say(f"budget spent: {len(PLAN[part]) - number} of {len(PLAN[part])} problems are left out")
-            return
-        why = attempt(session, partial(time_problem, session, part, timing))
-        if why is not None:
-            session.say(f"problem {number + 1} of {len(PLAN[part])} ended early: {why}")
-        torch.cuda.empty_cache()
+    for number in session.remaining(len(PLAN[part])):
+        try:
+            time_problem(session, part, number)
+        except UnusableError:
+            raise
+        except Exception as error:  # such as one whose data does not fit
+            session.say(f"problem {number} of {len(PLAN[part])} ended early: {reason(error)}")
+        require_usable(session)
+
+
+def time_eigh(session: Session, dtype: torch.dtype, order: int, batch: int) -> float:
+    """Time one decomposition, up to five times, and record it; returns the seconds of the first."""
+    timer = Timer(session.where)
+    expected = predict(cost.eigh(order, dtype, batch=batch), session.device)
+    torch.manual_seed(0)
+    x = torch.randn(batch, order, order, device=session.where, dtype=dtype)
+    matrices = x @ x.mT / order
+    del x
+    torch.linalg.eigh(matrices[:, :256, :256])
+    samples = [timer(lambda: torch.linalg.eigh(matrices))]
+    while len(samples) < 5 and 20 * samples[0] < session.left():
+        samples.append(timer(lambda: torch.linalg.eigh(matrices)))
+    one = timed_row(
+        "eigh", ("eigh", f"{batch} of order {order}", short(dtype)), "torch.linalg.eigh", Times.of(samples), None,
+        0.0, 0.0, 0.0, expected=expected,
+    )  # fmt: skip
+    print_row(session, one)
+    session.record([one])
+    return samples[0]
 
 
 def eigh(session: Session) -> None:
     """`torch.linalg.eigh`, alone and batched; one call each, since a call may take a minute."""
-    timer = Timer(session.where)
     last: dict[torch.dtype, tuple[int, float]] = {}
     head(session)
-    for dtype, order, batch in EIGH:
-        size = f"{batch} of order {order}"
-        expected = predict(cost.eigh(order, dtype, batch=batch), session.device)
+    for number in session.remaining(len(EIGH)):
+        dtype, order, batch = EIGH[number]
+        size = f"{batch} of order {order}, {short(dtype)}"
         before, seconds = last.get(dtype, (order, 0.0))
         if seconds * (order / before) ** 3 * batch > session.left():
-            session.say(f"budget spent: {size}, {short(dtype)} is left out")
+            session.say(f"budget spent: {size} is left out")
             continue
-        torch.manual_seed(0)
-        x = torch.randn(batch, order, order, device=session.where, dtype=dtype)
-        matrices = x @ x.mT / order
-        del x
-        torch.linalg.eigh(matrices[:, :256, :256])
-        samples = [timer(lambda m=matrices: torch.linalg.eigh(m))]
-        last[dtype] = (order, samples[0] / batch)
-        while len(samples) < 5 and 20 * samples[0] < session.left():
-            samples.append(timer(lambda m=matrices: torch.linalg.eigh(m)))
-        one = timed_row(
-            "eigh", ("eigh", size, short(dtype)), "torch.linalg.eigh", Times.of(samples), None, 0.0, 0.0, 0.0,
-            expected=expected,
-        )  # fmt: skip
-        print_row(session, one)
-        session.record([one])
-        del matrices
-        torch.cuda.empty_cache()
+        try:
+            last[dtype] = (order, time_eigh(session, dtype, order, batch) / batch)
+        except Exception as error:  # out of memory, or a solver that does not converge
+            session.say(f"{size}: {reason(error)}")
+            session.record([
+                row("eigh", ("eigh", size.rsplit(",", 1)[0], short(dtype)), "torch.linalg.eigh", note=reason(error))
+            ])  # fmt: skip
+        require_usable(session)
 
 
 # ------------------------------------------------------------------------------------ a whole fit
@@ -418,20 +497,57 @@ def stage_row(
 STAGES = ("A, S", "eigh", "eigenvalues")
 
 
-def fit_ours(model: Any, data: Any) -> dict[str, float]:
+Fit = Callable[[Any, Any, dict[str, float]], None]
+
+
+def fit_ours(model: Any, data: Any, stages: dict[str, float]) -> None:
+    """Fit; enters the seconds of each stage, also of those before one that fails."""
     import kfade
 
     progress = kfade.Progress()
-    kfade.fit(model, data, kfade.FitConfig(), progress=progress)
-    return dict(zip(STAGES, (stage.seconds for stage in progress.costs), strict=True))
+    try:
+        kfade.fit(model, data, kfade.FitConfig(), progress=progress)
+    finally:
+        stages.update(zip(STAGES, (stage.seconds for stage in progress.costs), strict=False))
 
 
-def fit_theirs(model: Any, data: Any) -> dict[str, float]:
+def fit_theirs(model: Any, data: Any, stages: dict[str, float]) -> None:
     from fit import run_kronfluence
 
     wanted = [name for name, module in model.named_modules() if ".mlp." in name and hasattr(module, "weight")]
-    stages, _ = run_kronfluence(model, data, "bfloat16", wanted)
-    return {stage: stages[stage][0] for stage in STAGES}
+    found, _ = run_kronfluence(model, data, "bfloat16", wanted, with_default=False)
+    stages.update({stage: found[stage][0] for stage in STAGES})
+
+
+def random_model(shape: Shape, where: torch.device) -> Any:
+    """A Qwen2 of this shape with random weights, in bfloat16."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {k: getattr(shape, k) for k in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size",
+    )}  # fmt: skip
+    with where:
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
+    return model.to(torch.bfloat16).eval()
+
+
+def time_fit(session: Session, name: str, provider: str, work: Fit, model: Any) -> None:
+    """Fit once, and record every stage that was finished, whatever ends it."""
+    shape = MODELS[name]
+    torch.manual_seed(1)
+    ids = torch.randint(shape.vocab_size, (SEQUENCES, TOKENS), device=session.where)
+    data = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids.split(BATCH)]
+    predicted = fit_costs(shape, BATCH * TOKENS, session.device)
+    stages: dict[str, float] = {}
+    try:
+        work(model, data, stages)
+    finally:
+        session.record([
+            stage_row(session, name, provider, stage, seconds, predicted[stage], shape.published[stage])
+            for stage, seconds in stages.items()
+        ])  # fmt: skip
 
 
 def fit(session: Session) -> None:
@@ -439,54 +555,42 @@ def fit(session: Session) -> None:
     if not installed("transformers"):
         session.say("transformers is not installed; this part is left out")
         return
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    for name, shape in MODELS.items():
-        torch.manual_seed(0)
-        sizes = {k: getattr(shape, k) for k in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "vocab_size",
-        )}  # fmt: skip
-        model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)).to(torch.bfloat16).to(session.where)
-        model = model.eval()
-        ids = torch.randint(shape.vocab_size, (SEQUENCES, TOKENS), device=session.where)
-        data = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids.split(BATCH)]
-        predicted = fit_costs(shape, BATCH * TOKENS, session.device)
-        session.say(f"\n{name}, {SEQUENCES} × {TOKENS} tokens, batches of {BATCH}, MLP layers, bfloat16")
-        session.say(f"{'provider':24}{'stage':14}{'s':>10}{'predicted':>12}{'published':>14}")
-        runs: dict[str, tuple[Callable[[Any, Any], dict[str, float]], dict[str, str]]] = {
-            "kfade, Triton": (fit_ours, {"enable": "triton"}),
-            "kfade, PyTorch": (fit_ours, {"disable": "triton"}),
-        }
-        if installed("kronfluence"):
-            runs["kronfluence"] = (fit_theirs, {})
-        spent = 0.0
-        for provider, (work, switches) in runs.items():
-            if session.left() < 1.5 * spent:
-                session.say(f"budget spent: {provider} is left out")
-                continue
+    works: dict[str, tuple[Fit, dict[str, str]]] = {
+        "kfade, Triton": (fit_ours, {"enable": "triton"}),
+        "kfade, PyTorch": (fit_ours, {"disable": "triton"}),
+    }
+    if installed("kronfluence"):
+        works["kronfluence"] = (fit_theirs, {})
+    else:
+        session.say("kronfluence is not installed; it is left out")
+    runs = [(name, provider) for name in MODELS for provider in works]
+    model, built, spent = None, "", 0.0
+    for number in session.remaining(len(runs)):
+        name, provider = runs[number]
+        if session.left() < 1.2 * spent * (name == built):
+            session.say(f"budget spent: {name}, {provider} is left out; --first {number} runs it")
+            continue
+        try:
+            if name != built:
+                model = None
+                model, built, spent = random_model(MODELS[name], session.where), name, 0.0
+                session.say(f"\n{name}, {SEQUENCES} × {TOKENS} tokens, batches of {BATCH}, MLP layers, bfloat16")
+                session.say(f"{'provider':24}{'stage':14}{'s':>10}{'predicted':>12}{'published':>14}")
             begin = time.monotonic()
-            stages: dict[str, float] = {}
+            work, switches = works[provider]
             with problems.backends(**switches):
-                why = attempt(session, lambda w=work, m=model, d=data, s=stages: s.update(w(m, d)))
-            torch.cuda.empty_cache()
+                time_fit(session, name, provider, work, model)
             spent = time.monotonic() - begin
-            if why is not None:
-                session.say(f"{provider}: {why}")
-                session.record([row("fit", ("fit", name, "bfloat16"), provider, note=why)])
-                continue
-            session.record([
-                stage_row(session, name, provider, stage, seconds, predicted[stage], shape.published[stage])
-                for stage, seconds in stages.items()
-            ])  # fmt: skip
-        del model
-        torch.cuda.empty_cache()
+        except Exception as error:  # one provider out of memory must not end the comparison
+            session.say(f"{provider}: {reason(error)}")
+            session.record([row("fit", ("fit", name, "bfloat16"), provider, note=reason(error))])
+        require_usable(session)
 
 
 # --------------------------------------------------------------------------------------- dry run
 
 
-def plan(session: Session, parts: tuple[str, ...]) -> None:
+def plan(session: Session, parts: Sequence[str]) -> None:
     """What the timing parts would measure on a device, with the predictions; nothing is allocated."""
     session.say(f"\nplan for one {session.device.name}: times in ms")
     session.say(
@@ -518,7 +622,6 @@ def plan(session: Session, parts: tuple[str, ...]) -> None:
 
 def run(session: Session, part: str, only: str | None) -> None:
     session.begin = time.monotonic()
-    session.say(f"\n=== {part}, {session.device.name}, budget {session.budget:.0f} s")
     if part == "correctness":
         correctness(session, only)
     elif part == "eigh":
@@ -527,14 +630,114 @@ def run(session: Session, part: str, only: str | None) -> None:
         fit(session)
     else:
         time_part(session, part)
-    session.say(f"=== {part}: {time.monotonic() - session.begin:.0f} s")
 
 
-def main(arguments: list[str] | None = None) -> int:
+# ------------------------------------------------------------------------------------- processes
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process, after it had some seconds to record what it has."""
+    process.terminate()
+    try:
+        process.wait(timeout=GRACE / 2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def watch(session: Session, command: Sequence[str], progress: Path, stuck: float) -> int:
+    """Run the process of a part until it ends, or must be ended; its exit code, or LATE."""
+    with subprocess.Popen(command) as process:
+        begin = time.time()
+        while process.poll() is None:
+            time.sleep(0.2)
+            last = max(begin, progress.stat().st_mtime) if progress.exists() else begin
+            if session.left() < -GRACE:
+                stop(process)
+                return LATE
+            if time.time() - last > stuck:
+                session.say(f"  nothing has moved for {stuck:.0f} s")
+                stop(process)
+                return UNUSABLE
+        return process.returncode
+
+
+def supervise(session: Session, part: str, command: Sequence[str], operations: Sequence[str] = ()) -> bool:
+    """Run a part, in as many processes as it takes, within its budget.
+
+    Args:
+        session: of this process, which never touches the device.
+        part: name.
+        command: that runs the part; where to begin and what to leave out are added to it.
+        operations: of the part correctness, the operation of each problem.
+
+    Returns:
+        Whether all of it ran, and nothing was seen to be wrong.
+    """
+    session.begin = time.monotonic()
+    session.say(f"\n=== {part}, budget {session.budget:.0f} s")
+    first, without, failed = session.first, list[str](), list[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress"
+        while True:
+            progress.unlink(missing_ok=True)
+            options = [f"--first={first}", f"--budget-seconds={session.left():.1f}", f"--progress={progress}"]
+            options += [f"--without={name}" for name in without] + [f"--failed={name}" for name in failed]
+            code = watch(session, [*command, *options], progress, STUCK if part not in ("eigh", "fit") else 1e9)
+            if code in (0, WRONG, LATE) or not progress.exists():
+                break
+            text, provider = progress.read_text(encoding="utf-8").split("\t")
+            number = int(text)
+            session.say(f"  a process ended with code {code} in problem {number}{provider and ', '}{provider}")
+            if operations:
+                failed = sorted({*failed, operations[number]})
+            again = provider != "" and not (number == first and provider in without)
+            without = [*(without if number == first else ()), provider] if again else []
+            first = number if again else number + 1
+    session.say(f"=== {part}: {time.monotonic() - session.begin:.0f} s{', ended for time' if code == LATE else ''}")
+    return code == 0 and not failed
+
+
+def dry_run(options: argparse.Namespace, parts: Sequence[str]) -> int:
+    if not interpreted():
+        print("error: TRITON_INTERPRET is not 1; a dry run needs it before Triton is imported", file=sys.stderr)
+        return 2
+    device = next(d for d in DEVICES if d.name == options.device)
+    session = Session(torch.device("cpu"), device, options.budget_seconds, options.out, options.results)
+    if "correctness" in parts:
+        correctness(session, options.operation, dry=True)
+    plan(session, parts)
+    return int(bool(session.failed))
+
+
+def work(options: argparse.Namespace) -> int:
+    """The process of one part."""
+    # What is being measured is recorded on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(LATE))
+    where = torch.device("cuda", torch.cuda.current_device())
+    session = Session(
+        where, of_tensors(where), options.budget_seconds, options.out, options.results,
+        failed=options.failed, first=options.first, without=options.without, progress=options.progress,
+    )  # fmt: skip
+    known = session.device.architecture in ARCHITECTURES
+    session.say(
+        f"{session.device.name}, {session.device.architecture}"
+        f"{'' if known else ' (unknown: predictions are for an A100)'};"
+        f" torch {torch.__version__}, Triton {triton_version()}"
+    )
+    try:
+        run(session, options.part, options.operation)
+    except UnusableError:
+        return UNUSABLE
+    return WRONG if session.failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--operation", choices=CHECKS, help="of the part correctness, this one alone")
-    parser.add_argument("--budget-seconds", type=float, default=540.0, help="of each part")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="problem of the part to begin with")
+    parser.add_argument("--budget-seconds", type=float, default=520.0, help="of each part")
     parser.add_argument("--out", type=Path, metavar="DIR", help="copies of the rows, of verified.json, and a log")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where gpu.csv is appended to")
     parser.add_argument(
@@ -543,35 +746,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=[d.name for d in DEVICES], default="H100", help="that a dry run predicts for"
     )
+    # Of the process of a part.
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--failed", action="append", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.first and options.part == "all":
+        parser.error("--first is a problem of one part; --part must name it")
     parts = PARTS if options.part == "all" else (options.part,)
     if options.dry_run:
-        if not interpreted():
-            print("error: TRITON_INTERPRET is not 1; a dry run needs it before Triton is imported", file=sys.stderr)
-            return 2
-        device = next(d for d in DEVICES if d.name == options.device)
-        session = Session(torch.device("cpu"), device, options.budget_seconds, options.out, options.results)
-        if "correctness" in parts:
-            correctness(session, options.operation, dry=True)
-        plan(session, parts)
-        return int(bool(session.failed))
+        return dry_run(options, parts)
     if not torch.cuda.is_available():
         print("error: there is no GPU here; --dry-run shows what would be run", file=sys.stderr)
         return 2
     if not triton_version():
         print("error: Triton is not installed", file=sys.stderr)
         return 2
-    where = torch.device("cuda")
-    session = Session(where, of_tensors(where), options.budget_seconds, options.out, options.results)
-    known = session.device.architecture in ARCHITECTURES
-    session.say(
-        f"{session.device.name}, {session.device.architecture}"
-        f"{'' if known else ' (unknown: predictions are for an A100)'};"
-        f" torch {torch.__version__}, Triton {triton_version()}"
-    )
-    for part in parts:
-        run(session, part, options.operation)
-    return int(bool(session.failed))
+    if options.progress is not None:
+        return work(options)
+    session = Session(torch.device("cpu"), H100, options.budget_seconds, options.out, options.results)
+    session.first = options.first
+    given = [f"--{name}={value}" for name in ("operation", "out", "results") if (value := getattr(options, name))]
+    operations = [operation for operation, _, _ in checks_of(options.operation, False)]
+    passed = [
+        supervise(
+            session, part, [sys.executable, __file__, f"--part={part}", *given],
+            operations if part == "correctness" else (),
+        )
+        for part in parts
+    ]  # fmt: skip
+    return int(not all(passed))
 
 
 if __name__ == "__main__":

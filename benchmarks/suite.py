@@ -196,7 +196,7 @@ PLAN: dict[str, list[Timing]] = {
 
 # (dtype, order, matrices at once)
 EIGH = [(dtype, order, batch) for dtype in (F32, torch.float64) for order, batch in
-        ((4096, 1), (4096, 8), (8192, 1), (8192, 2), (16384, 1))]  # fmt: skip
+        ((4096, 1), (4096, 8), (8192, 1), (8192, 2), (16384, 1), (16384, 2))]  # fmt: skip
 
 
 @dataclass(frozen=True)

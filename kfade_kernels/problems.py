@@ -206,6 +206,20 @@ def _matrix_product(x: Tensor) -> Tensor:
     return x.float().T @ x.float()
 
 
+def with_tf32(work: Work) -> Work:
+    """The same with PyTorch's float32 products in TF32."""
+
+    def switched() -> object:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return work()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return switched
+
+
 # -------------------------------------------------------------------------------------- operations
 
 
@@ -231,9 +245,14 @@ def outer_product(
     def arguments(acc: PackedSymmetric, wide: bool) -> PackedSymmetric:
         return syrk_(acc, _widen(x, wide), mask, ones_column=ones_column, allow_tf32=allow_tf32)
 
+    def addmm() -> Tensor:
+        return dense.addmm_(x.T, x)
+
     baselines: dict[str, Work] = {"mm + add_": lambda: dense.add_(_matrix_product(x))}
-    if dtype == torch.float32:
-        baselines["addmm_"] = lambda: dense.addmm_(x.T, x)
+    if allow_tf32:
+        baselines = {"mm + add_, tf32": with_tf32(baselines["mm + add_"]), "addmm_, tf32": with_tf32(addmm)}
+    elif dtype == torch.float32:
+        baselines["addmm_"] = addmm
     elif device.type == "cuda":
         baselines["addmm"] = lambda: torch.addmm(dense, x.T, x, out_dtype=torch.float32)
     return Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,130 @@ def test_verdicts(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None
     assert "wrong: syrk_ order 150, 40 rows, float16" in (session.out / "gpu.log").read_text()
 
 
+def test_half_an_operation_is_not_switched_on(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = session.results.parent / "kfade_kernels" / "verified.json"
+    monkeypatch.setattr(gpu, "DTYPES", (torch.float16,))
+    monkeypatch.setattr(
+        gpu, "CHECKS", {name: suite.Checks(suite.CHECKS[name].tiny, []) for name in ("syrk_", "rotate")}
+    )
+    session.first = 1
+    gpu.correctness(session)
+    assert [verdict.operation for verdict in verdicts(path)] == ["rotate"]
+    assert session.out is not None
+    assert "not whole" in (session.out / "gpu.log").read_text()
+
+
+def test_what_ended_a_process_is_switched_off(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next process knows of it, also if it has nothing left to check."""
+    path = session.results.parent / "kfade_kernels" / "verified.json"
+    record_verdict(path, Verdict("syrk_", "sm_90", "3.7.1", "2026-01-01"), True)
+    session.failed, session.first = ["syrk_"], 10**6
+    gpu.correctness(session)
+    assert verdicts(path) == []
+
+
+def test_a_problem_that_cannot_be_made_is_a_fault(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(*_: object, **__: object) -> problems.Problem:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(gpu, "CHECKS", {"syrk_": suite.Checks([], [(make, (), {})]), "rotate": suite.CHECKS["rotate"]})
+    gpu.correctness(session, dry=True)
+    assert session.failed == ["syrk_"]
+    assert session.out is not None
+    log = (session.out / "gpu.log").read_text()
+    assert "could not be made or referred to: OutOfMemoryError: out of memory" in log
+    assert f"{'rotate':24}" in log and "right" in log
+
+
+def test_an_unusable_device_ends_the_process(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before is kept, and what did it is noted for the next process."""
+
+    def providers(session: gpu.Session, problem: problems.Problem, timing: suite.Timing) -> dict[str, Any]:
+        def fails() -> None:
+            session.wait = lost  # type: ignore[method-assign]
+            lost()
+
+        return {"eager": problem.run, "kfade, Triton": fails}
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "providers_of", providers)
+    monkeypatch.setitem(gpu.PLAN, "syrk", tiny())
+    session.progress = session.results.parent / "progress"
+    with pytest.raises(gpu.UnusableError):
+        gpu.run(session, "syrk", None)
+    assert session.progress.read_text() == "0\tkfade, Triton"
+    following = gpu.Session(CPU, H100, 60.0, session.out, session.results, without=["kfade, Triton"])
+    with pytest.raises(gpu.UnusableError):
+        gpu.run(following, "syrk", None)
+    found = [(r["provider"], bool(r["ms"]), r["note"]) for r in rows(session)]
+    assert found == [("eager", True, ""), ("kfade, Triton", False, "a process ended in it")]
+
+
+# What a process of a part may do, by the number of the problem and the provider: it is ended by a signal, finds
+# its device unusable, hangs, or goes on.
+WORKER = """
+import argparse, os, pathlib, sys, time
+parser = argparse.ArgumentParser()
+for name in ("first", "budget-seconds", "progress"):
+    parser.add_argument("--" + name)
+parser.add_argument("--without", action="append", default=[])
+parser.add_argument("--failed", action="append", default=[])
+o = parser.parse_args()
+print("from", o.first, o.without, o.failed, file=open(LOG, "a"))
+for number in range(int(o.first), 5):
+    for provider in PROVIDERS:
+        if number == int(o.first) and provider in o.without:
+            continue
+        pathlib.Path(o.progress).write_text(f"{number}\t{provider}")
+        if (number, provider) == (1, PROVIDERS[-1]):
+            os.abort()
+        if number == 2:
+            sys.exit(3)
+        if number == 3 and HANGS:
+            time.sleep(60)
+sys.exit(4 if o.failed else 0)
+"""
+
+
+def supervised(
+    session: gpu.Session, tmp_path: Path, providers: list[str], hangs: bool, operations: list[str]
+) -> list[str]:
+    log = tmp_path / "worker.log"
+    script = WORKER.replace("LOG", repr(str(log))).replace("PROVIDERS", repr(providers)).replace("HANGS", str(hangs))
+    gpu.supervise(session, "syrk", [sys.executable, "-c", script], operations)
+    return log.read_text().splitlines()
+
+
+def test_a_part_goes_on_after_what_ended_its_process(session: gpu.Session, tmp_path: Path) -> None:
+    """A provider is left out of its problem; where that is not enough, or there is none, the problem is."""
+    assert supervised(session, tmp_path, ["eager", "ours"], False, []) == [
+        "from 0 [] []", "from 1 ['ours'] []", "from 2 ['eager'] []", "from 2 ['eager', 'ours'] []",
+    ]  # fmt: skip
+
+
+def test_an_operation_that_ended_a_process_has_failed(session: gpu.Session, tmp_path: Path) -> None:
+    assert supervised(session, tmp_path, [""], False, ["a", "b", "c", "c", "c"]) == [
+        "from 0 [] []", "from 2 [] ['b']", "from 3 [] ['b', 'c']",
+    ]  # fmt: skip
+
+
+def test_a_part_that_hangs(session: gpu.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "STUCK", 1.0)
+    assert supervised(session, tmp_path, [""], True, []) == [
+        "from 0 [] []", "from 2 [] []", "from 3 [] []", "from 4 [] []",
+    ]  # fmt: skip
+
+
+def test_a_part_that_is_late_is_ended(session: gpu.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    session.budget = 2.0
+    assert supervised(session, tmp_path, [""], True, []) == ["from 0 [] []", "from 2 [] []", "from 3 [] []"]
+    assert session.out is not None
+    assert "ended for time" in (session.out / "gpu.log").read_text()
+
+
 def test_an_exception_is_a_fault_too(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     def raised(*_: object) -> None:
         raise RuntimeError("out of resource: shared memory\nand more")
@@ -133,7 +258,7 @@ def test_the_budget_ends_a_part(session: gpu.Session, monkeypatch: pytest.Monkey
     session.budget = -1.0
     gpu.run(session, "syrk", None)
     assert session.out is not None
-    assert "budget spent: 2 of 2 problems are left out" in (session.out / "gpu.log").read_text()
+    assert "budget spent: 2 of 2 problems are left out; --first 0 goes on" in (session.out / "gpu.log").read_text()
 
 
 def test_a_problem_that_cannot_be_made_does_not_end_the_part(
@@ -145,7 +270,7 @@ def test_a_problem_that_cannot_be_made_does_not_end_the_part(
     monkeypatch.setitem(gpu.PLAN, "syrk", [suite.Timing(too_large), *tiny()[:1]])
     gpu.run(session, "syrk", None)
     assert session.out is not None
-    assert "problem 1 of 2 ended early: OutOfMemoryError: out of memory" in (session.out / "gpu.log").read_text()
+    assert "problem 0 of 2 ended early: OutOfMemoryError: out of memory" in (session.out / "gpu.log").read_text()
     assert len(rows(session)) == 3
 
 
