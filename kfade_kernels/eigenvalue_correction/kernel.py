@@ -36,7 +36,12 @@ def _operands(
     return a, b
 
 
-@triton.jit(do_not_specialize=["batch", "inner", "rows", "columns", "batches_a_split"])
+# What varies from call to call, also where a caller's mask and offsets begin: one compiled form serves all.
+_INTEGERS = ["batch", "inner", "rows", "columns", "batches_a_split"]
+_STRIDES = ["left_batch", "left_stride", "right_batch", "right_stride", "out_split", "out_stride"]
+
+
+@triton.jit(do_not_specialize=_INTEGERS + _STRIDES, do_not_specialize_on_alignment=["mask", "cu_seqlens"])
 def squares_kernel(
     left,
     right,
@@ -74,6 +79,12 @@ def squares_kernel(
     A_STEP: tl.constexpr = 16 // (left.dtype.element_ty.primitive_bitwidth // 8)
     B_STEP: tl.constexpr = 16 // (right.dtype.element_ty.primitive_bitwidth // 8)
     WIDEN: tl.constexpr = left.dtype.element_ty != right.dtype.element_ty
+    # A stride that fits 32 bits comes as an int32, and what it is multiplied with need not fit.
+    left_stride = left_stride.to(tl.int64)
+    left_batch = left_batch.to(tl.int64)
+    right_stride = right_stride.to(tl.int64)
+    right_batch = right_batch.to(tl.int64)
+    out_split = out_split.to(tl.int64)
     if ALIGNED:
         left_stride *= A_STEP
         left_batch *= A_STEP

@@ -247,10 +247,11 @@ def variants(device: Device) -> list[support.Variant]:
     """Every compiled form that shipped configurations can ask for on a device."""
     from .kernel import squares_kernel
 
-    integers = dict.fromkeys(("batch", "inner", "rows", "columns", "batches_a_split"), "i32")
-    integers |= dict.fromkeys(
-        ("left_batch", "left_stride", "right_batch", "right_stride", "out_split", "out_stride"), "i64"
-    )
+    # Strides too are 32-bit in a call, unless one does not fit.
+    integers = dict.fromkeys(
+        ("batch", "inner", "rows", "columns", "batches_a_split", "left_batch", "left_stride", "right_batch",
+         "right_stride", "out_split", "out_stride"), "i32",
+    )  # fmt: skip
     found = {}
     for dtype, shipped in support.shipped_configurations("eigenvalue_correction", device):
         element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
@@ -277,6 +278,7 @@ def variants(device: Device) -> list[support.Variant]:
                 {"ADD": add, "PACKED": packed, "A_T": a_t, "MASKED": masked, "ALIGNED": is_aligned,
                  "PRECISION": c.precision, "BM": c.block_m, "BN": c.block_n, "BK": c.block_k, "GROUP": c.group},
                 c, itemsizes=(dtype.itemsize, dtype.itemsize), pipelined=is_aligned,
+                aligned=("left", "right", "out") if is_aligned else ("out",),
             )  # fmt: skip
             found[one.name, c] = one
     return list(found.values())

@@ -34,7 +34,8 @@ def _packed_place(packed, row0, col0, order, PANEL: tl.constexpr):
     return packed + offset + (row0 - PANEL * panel).to(tl.int64) * length + col0, length
 
 
-@triton.jit
+# The number of problems varies from call to call: one compiled form serves all.
+@triton.jit(do_not_specialize=["problems"])
 def syrk_kernel(
     table,
     problems,
@@ -129,7 +130,7 @@ def syrk_kernel(
         start = end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["problems"])
 def syrk_reduce_kernel(
     table,
     problems,
@@ -173,7 +174,7 @@ def syrk_reduce_kernel(
         write_tile(acc, out, length, width - row0, tl.minimum(width, length) - col0, alpha, True, STRIP, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["problems"])
 def column_sum_kernel(
     table,
     problems,

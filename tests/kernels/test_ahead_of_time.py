@@ -101,6 +101,25 @@ def test_each_check_can_fail(answers: Any, name: str, fault: str) -> None:
     assert fault in answers[name]["faults"]
 
 
+SPECIALISED = """
+from importlib import import_module
+from kfade_kernels.devices import H100
+found = set()
+for folder in ("eigenvalue_correction", "product", "syrk"):
+    for variant in import_module(f"kfade_kernels.{folder}.triton").variants(H100):
+        for parameter in variant.kernel.params:
+            if variant.signature.get(parameter.name, "").startswith("i") and not parameter.do_not_specialize:
+                found.add((variant.kernel.__name__, parameter.name))
+print(sorted(found))
+"""
+
+
+def test_no_kernel_is_compiled_anew_for_another_size() -> None:
+    """Triton makes forms of their own for integers that are 1 or divisible by 16, which were not checked here."""
+    found = python("-c", SPECIALISED)
+    assert found.stdout == "[]\n", found.stdout + found.stderr
+
+
 def test_the_interpreter_is_refused() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     found = subprocess.run(

@@ -249,3 +249,16 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         kk.eigenvalue_correction_(**{"lam": LAM, "g": G, "a": A, **change})
+
+
+def test_sequences_further_apart_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets of 2³¹ elements and more; the memory between is never touched."""
+    monkeypatch.setenv("KFADE_ENABLE", "triton")
+    monkeypatch.setenv("KFADE_DISABLE", "pytorch")
+    apart = 1 << 31
+    g = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 3, 8), (apart, 8, 1))
+    g.copy_(torch.randn(2, 3, 8))
+    a, lam = torch.randn(2, 3, 8).half(), torch.zeros(8, 8)
+    assert kk.explain("eigenvalue_correction_", lam, g, a).backend == "triton"
+    kk.eigenvalue_correction_(lam, g, a)
+    assert_close(lam, squared_gradients(g, a, None, None), 1e-6)
