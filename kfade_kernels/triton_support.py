@@ -97,6 +97,8 @@ def refusal(operation: str, name: str, device: torch.device, dtypes: Iterable[to
         return "float64"
     if device.type == "cuda" and interpreted():
         return "Triton's interpreter reads addresses of the CPU alone"
+    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, and would replay the addresses of this call"
     enabled = "triton" in os.environ.get(ENABLE, "").split(",")
     if device.type == "cpu":
         if torch.bfloat16 in kinds:
@@ -187,9 +189,10 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor) -> bool:
-    """Whether every row of `x [N, n]` begins and ends on 16 bytes: loads can then be asynchronous."""
+    """Whether rows of `x [N, n]` do not overlap and begin and end on 16 bytes: loads can then be asynchronous."""
     step = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and x.stride(0) % step == 0 and x.shape[1] % step == 0 and x.stride(0) > 0
+    apart = x.stride(0) >= x.shape[1] and x.stride(0) % step == 0
+    return apart and x.data_ptr() % 16 == 0 and x.shape[1] % step == 0
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:

@@ -30,11 +30,7 @@ def run(
 def refuses(packed: list[Tensor], orders: list[int], rows: list[Tensor], *_: object) -> str | None:
     if not rows:
         return "there are no problems"
-    reasons = (
-        syrk.gate("accumulate_factors_", f"rows[{i}]", *parts)
-        for i, parts in enumerate(zip(packed, orders, rows, strict=True))
-    )
-    return next((reason for reason in reasons if reason), None)
+    return syrk.gate("accumulate_factors_", packed, orders, {f"rows[{i}]": x for i, x in enumerate(rows)})
 
 
 def configuration(

@@ -92,8 +92,8 @@ def multiply(products: Sequence[Product]) -> None:
         if p.c.numel():
             first = torch.float32 if p.first is None else p.first.dtype
             kind = (
-                p.a.dtype, p.b.dtype, p.c.dtype, first, p.a_transposed, p.b_transposed, p.low is not None, p.finish,
-                p.aligned,
+                p.a.device, p.a.dtype, p.b.dtype, p.c.dtype, first, p.a_transposed, p.b_transposed, p.low is not None,
+                p.finish, p.aligned,
             )  # fmt: skip
             kinds.setdefault(kind, []).append(p)
     for alike in kinds.values():

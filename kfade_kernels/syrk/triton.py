@@ -7,7 +7,7 @@ programs, rows are split in a fixed way and a second kernel adds the parts in or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,8 @@ ATTAINED = 0.6
 # Rows that do not begin on 16 bytes are loaded element by element, which takes registers.
 ANY_ROWS = Configuration(block_m=64, block_n=64, block_k=32, warps=4, stages=2)
 REDUCE, REDUCE_ROWS = Configuration(warps=4, stages=2), 16
-COLUMN_SUM = Configuration(block_m=1, block_n=128, block_k=32, warps=4, stages=3)
+# Narrow, so that one factor has many programs, and long, so that each has many loads under way.
+COLUMN_SUM = Configuration(block_m=1, block_n=32, block_k=256, warps=8, stages=1)
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def rounds(problems: Sequence[Problem]) -> Iterator[list[Problem]]:
 
 
 def alike(problems: Sequence[Problem]) -> list[list[Problem]]:
-    """Problems that one compiled kernel serves: same dtype, alignment and masking."""
-    groups: dict[tuple[torch.dtype, bool, bool], list[Problem]] = {}
+    """Problems that one launch serves: same device, dtype, alignment and masking."""
+    groups: dict[tuple[torch.device, torch.dtype, bool, bool], list[Problem]] = {}
     for p in problems:
-        groups.setdefault((p.x.dtype, support.aligned(p.x), p.mask is not None), []).append(p)
+        groups.setdefault((p.x.device, p.x.dtype, support.aligned(p.x), p.mask is not None), []).append(p)
     return list(groups.values())
 
 
@@ -183,19 +184,21 @@ def run(
     add_outer_products([problem(packed, order, x, mask, ones_column)], alpha, allow_tf32)
 
 
-def gate(operation: str, name: str, packed: Tensor, order: int, x: Tensor) -> str | None:
-    """Why one problem is not served, or None."""
-    reason = support.refusal(operation, name, x.device, (x.dtype, packed.dtype))
-    if reason is not None or support.interpreted():
-        return reason
-    rows = x.shape[:-1].numel()
-    if order < SMALLEST_ORDER or rows < FEWEST_ROWS:
-        return f"order {order} with {rows} rows is below {SMALLEST_ORDER} and {FEWEST_ROWS}"
-    return None
+def gate(operation: str, packed: Sequence[Tensor], orders: Sequence[int], rows: Mapping[str, Tensor]) -> str | None:
+    """Why problems are not served, or None; `rows` by their names. Small ones are served with one that is not."""
+    for matrix, (name, x) in zip(packed, rows.items(), strict=True):
+        reason = support.refusal(operation, name, x.device, (x.dtype, matrix.dtype))
+        if reason is not None:
+            return reason
+    sizes = [(order, x.shape[:-1].numel()) for order, x in zip(orders, rows.values(), strict=True)]
+    if support.interpreted() or any(order >= SMALLEST_ORDER and n >= FEWEST_ROWS for order, n in sizes):
+        return None
+    order, n = max(sizes)
+    return f"order {order} with {n} rows is below {SMALLEST_ORDER} and {FEWEST_ROWS}"
 
 
 def refuses(packed: Tensor, order: int, x: Tensor, *_: object) -> str | None:
-    return gate("syrk_", "x", packed, order, x)
+    return gate("syrk_", [packed], [order], {"x": x})
 
 
 def configuration(

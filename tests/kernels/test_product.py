@@ -114,3 +114,11 @@ def test_same_inputs_same_bits() -> None:
     for result in results:
         multiply([Product(a, b, result)])
     assert torch.equal(*results)
+
+
+def test_a_launch_is_for_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[list[Product]] = []
+    monkeypatch.setattr(product, "_launch", launches.append)
+    here, elsewhere = (Product(*(torch.empty(8, 8, device=device) for _ in range(3))) for device in ("cpu", "meta"))
+    multiply([here, elsewhere, here])
+    assert launches == [[here, here], [elsewhere]]

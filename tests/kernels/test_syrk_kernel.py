@@ -11,7 +11,7 @@ from oracles import assert_as_accurate, outer_sum
 
 pytest.importorskip("triton")
 
-from kfade_kernels import devices
+from kfade_kernels import devices, triton_support
 from kfade_kernels.configurations import Configuration
 from kfade_kernels.packed import PackedSymmetric
 from kfade_kernels.syrk import triton as syrk
@@ -60,6 +60,22 @@ def test_every_form_agrees_with_float64(form: Configuration, rows: int, width: i
     x[~mask] = torch.nan
     plain, truth = (-0.5 * outer_sum(x, mask, ones=True, dtype=t) for t in (torch.float32, torch.float64))
     assert_as_accurate(added(x, mask, -0.5, ones=True), plain, truth)
+
+
+def test_a_launch_is_for_one_device() -> None:
+    here, elsewhere = (
+        syrk.problem(torch.empty(10, device=device), 4, torch.empty(8, 4, device=device), None, False)
+        for device in ("cpu", "meta")
+    )
+    assert syrk.alike([here, elsewhere, here]) == [[here, here], [elsewhere]]
+
+
+def test_rows_that_overlap(form: Configuration) -> None:
+    """Windows over one sequence, and one row seen many times."""
+    line = torch.randn(600)
+    for x in (line.unfold(0, 64, 16), line[:64].expand(20, 64)):
+        assert not triton_support.aligned(x)
+        assert_as_accurate(added(x), outer_sum(x, dtype=torch.float32), outer_sum(x))
 
 
 @pytest.mark.parametrize("rows", [64, 150, 257])
