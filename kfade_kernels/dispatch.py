@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .precision import float32_products
+
 LIBRARY = torch.library.Library("kfade_kernels", "DEF")
 KILL_SWITCH = "KFADE_DISABLE"
 
@@ -86,8 +88,8 @@ class Operation:
         return self.backends[-1], refused
 
     def __call__(self, *arguments: Any) -> Any:
-        # Under a caller's autocast the products inside would be rounded to 16 bit.
-        with no_autocast():
+        # Under a caller's autocast the products inside would be rounded to 16 bit, and to TF32 by a global setting.
+        with no_autocast(), float32_products():
             return self.choose(*arguments)[0].run(*arguments)
 
 

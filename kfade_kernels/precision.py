@@ -1,4 +1,4 @@
-"""Products of 16-bit data on a CPU, accumulated in float32.
+"""What products of float32 round: 16-bit data on a CPU accumulated in float32, and no TF32 unless it is asked for.
 
 PyTorch's own CPU product of two bfloat16 matrices rounds its *result* to bfloat16. But oneDNN can be
 told to read float32 operands as bfloat16, accumulate in float32 and return float32. For operands
@@ -36,6 +36,39 @@ def bf16_operands(enabled: bool) -> Iterator[None]:
         yield
     finally:
         _mkldnn_matmul.fp32_precision = before
+
+
+@contextmanager
+def float32_products(*, allow_tf32: bool = False) -> Iterator[None]:
+    """Within this block PyTorch multiplies float32 as float32, or on a GPU as TF32 where that is allowed.
+
+    `torch.set_float32_matmul_precision` and its like are for whole programs, and would let the sums and
+    rotations here lose half of their digits, or most of them on a CPU ("medium" is bfloat16 there). The
+    setting is the process's own, so other threads may meanwhile multiply more precisely than they asked for.
+    """
+    wanted = ((torch.backends.cuda.matmul, "tf32" if allow_tf32 else "ieee"), (_mkldnn_matmul, "ieee"))
+    before = [backend.fp32_precision for backend, _ in wanted]
+    # What is not set is float32, and is left alone: a call then writes no setting.
+    changed = [
+        (backend, was, now)
+        for (backend, now), was in zip(wanted, before, strict=True)
+        if (was if was in ("tf32", "bf16") else "ieee") != now
+    ]
+    for backend, _, now in changed:
+        backend.fp32_precision = now
+    try:
+        yield
+    finally:
+        for backend, was, _ in changed:
+            # It may have been a wider setting's, and is then to follow that again.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != was:
+                backend.fp32_precision = was
+
+
+def multiplies_as_they_are(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies 16-bit rows into results of this dtype: on a GPU, into float32 and no wider."""
+    return x.is_cuda and x.dtype.itemsize == 2 and dtype == torch.float32
 
 
 def bf16_pair(q: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import arguments as check
@@ -28,6 +29,18 @@ def _same_length(first_name: str, first: list[Any], second_name: str, second: li
         )
 
 
+def _row_masks(mask: Tensor | None, rows: list[Tensor]) -> list[Tensor | None]:
+    """A flat mask for each problem: the same tensor for all whose rows have one shape, made once."""
+    if mask is None:
+        return [None] * len(rows)
+    made: dict[tuple[torch.Size, torch.device], Tensor] = {}
+    for x in rows:
+        key = x.shape[:-1], x.device
+        if key not in made:
+            made[key] = check.row_mask("mask", mask, *key)
+    return [made[x.shape[:-1], x.device] for x in rows]
+
+
 def _prepare(
     acc_a: Accumulators,
     acc_s: Accumulators,
@@ -44,19 +57,16 @@ def _prepare(
     _same_length("acc_s", outputs, "g", g_rows)
     ones = [ones_column] * len(inputs) if isinstance(ones_column, bool) else list(ones_column)
     _same_length("acc_a", inputs, "ones_column", ones)
-    masks = [
-        check_rows(f"acc_a[{i}]", acc, f"a[{i}]", x, "mask", mask, one)
-        for i, (acc, x, one) in enumerate(zip(inputs, a_rows, ones, strict=True))
-    ] + [
-        check_rows(f"acc_s[{i}]", acc, f"g[{i}]", x, "mask", mask, False)
-        for i, (acc, x) in enumerate(zip(outputs, g_rows, strict=True))
-    ]
+    for i, (acc, x, one) in enumerate(zip(inputs, a_rows, ones, strict=True)):
+        check_rows(f"acc_a[{i}]", acc, f"a[{i}]", x, one)
+    for i, (acc, x) in enumerate(zip(outputs, g_rows, strict=True)):
+        check_rows(f"acc_s[{i}]", acc, f"g[{i}]", x, False)
     accumulators = inputs + outputs
     return (
         [acc.data for acc in accumulators],
         [acc.n for acc in accumulators],
         a_rows + g_rows,
-        masks,
+        _row_masks(mask, a_rows + g_rows),
         ones + [False] * len(outputs),
         check.flag("allow_tf32", allow_tf32),
     )

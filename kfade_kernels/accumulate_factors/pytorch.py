@@ -1,4 +1,4 @@
-"""`accumulate_factors_` on a CPU: the problems one after the other, each of them already parallel."""
+"""`accumulate_factors_` in PyTorch: the problems one after the other, each of them already parallel."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ def run(
     ones_columns: list[bool],
     allow_tf32: bool,
 ) -> None:
+    # Problems share their mask, and a GPU is waited for each time that one is looked at.
+    kept = {id(mask): syrk_pytorch.kept_rows(mask) for mask in {id(mask): mask for mask in masks}.values()}
     for matrix, order, x, mask, ones in zip(packed, orders, rows, masks, ones_columns, strict=True):
-        syrk_pytorch.run(matrix, order, x, mask, 1.0, ones, allow_tf32)
+        syrk_pytorch.add(matrix, order, x, kept[id(mask)], 1.0, ones, allow_tf32)
 
 
 def refuses(packed: list[Tensor], orders: list[int], rows: list[Tensor], *_: object) -> str | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..precision import HAS_BF16_OPERANDS, bf16_operands
+from ..precision import HAS_BF16_OPERANDS, bf16_operands, multiplies_as_they_are
 from ..rotation import rotate, rotates_tokens
 from ..rotation.reference import basis
 from ..syrk.reference import append_ones
@@ -75,10 +75,12 @@ def run(
     rows = g.shape[:-1].numel()
     if batch == 0 or rows == 0:
         return
-    parts = sequences(batch, rows, cu_seqlens)
+    # A sequence without tokens adds nothing.
+    parts = [(start, stop) for start, stop in sequences(batch, rows, cu_seqlens) if start < stop]
     tokens = -(-rows // batch)
     g, a = g.flatten(0, -2), a.flatten(0, -2)
-    if mask is not None and not bool(mask.all()):
+    # Looking at the mask would wait for a GPU longer than dropping nothing takes.
+    if mask is not None and (mask.is_cuda or not bool(mask.all())):
         dropped = ~mask.unsqueeze(1)
         g, a = g.masked_fill(dropped, 0), a.masked_fill(dropped, 0)
     d_out, d_in = lam.shape
@@ -90,7 +92,7 @@ def run(
         a = append_ones(a)
     narrow = g.dtype == a.dtype == torch.bfloat16 and lam.dtype == torch.float32
     whole = q_out is None and q_in is None
-    if not (g.is_cuda and whole and g.dtype == a.dtype and g.dtype.itemsize == 2 and rows != batch):
+    if not (multiplies_as_they_are(g, lam.dtype) and g.dtype == a.dtype and whole and rows != batch):
         g, a = g.to(lam.dtype), a.to(lam.dtype)
     if rows == batch and whole and cu_seqlens is None:
         # A single token factorises: (g aᵀ)∘² = g∘² (a∘²)ᵀ, so all sequences are one product.

@@ -12,10 +12,8 @@ from ..packed import PackedSymmetric
 from . import pytorch, reference, triton
 
 
-def check_rows(
-    acc_name: str, acc: PackedSymmetric, x_name: str, x: Tensor, mask_name: str, mask: Any, ones_column: bool
-) -> Tensor | None:
-    """Check one accumulator against its rows; returns the flat boolean mask."""
+def check_rows(acc_name: str, acc: PackedSymmetric, x_name: str, x: Tensor, ones_column: bool) -> None:
+    """Check one accumulator against its rows."""
     check.accumulator(acc_name, acc)
     check.tensor(x_name, x, ndim=(2, 3))
     check.same_device(x_name, x, acc_name, acc.device)
@@ -27,7 +25,6 @@ def check_rows(
             f"{x_name} has shape {list(x.shape)}; its last dimension must be {width}"
             f" ({acc_name} has order {acc.n}{ones})"
         )
-    return None if mask is None else check.row_mask(mask_name, mask, x.shape[:-1], x.device)
 
 
 def _prepare(
@@ -39,7 +36,8 @@ def _prepare(
     ones_column: bool = False,
     allow_tf32: bool = False,
 ) -> tuple[Any, ...]:
-    rows = check_rows("acc", acc, "x", x, "mask", mask, ones_column)
+    check_rows("acc", acc, "x", x, ones_column)
+    rows = None if mask is None else check.row_mask("mask", mask, x.shape[:-1], x.device)
     return acc.data, acc.n, x, rows, check.finite("alpha", alpha), ones_column, check.flag("allow_tf32", allow_tf32)
 
 

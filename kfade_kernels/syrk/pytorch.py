@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..packed import PANEL_ROWS, panels
-from ..precision import HAS_BF16_OPERANDS, bf16_operands
+from ..precision import HAS_BF16_OPERANDS, bf16_operands, float32_products, multiplies_as_they_are
 
 CHUNK_ROWS = 4096
 GPU_PANELS = 8
@@ -53,24 +53,39 @@ def _add_on_gpu(packed: Tensor, order: int, x: Tensor, alpha: float) -> None:
                 target.add_(product[panel.start - start : end - start, :end], alpha=alpha)
 
 
+def kept_rows(mask: Tensor | None) -> Tensor | None:
+    """Numbers of the rows that a mask `[N]` keeps, or None where it keeps all; a GPU is waited for."""
+    if mask is None:
+        return None
+    kept = mask.nonzero().squeeze(1)
+    return None if kept.shape[0] == mask.shape[0] else kept
+
+
 def run(
-    packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool, *_: object
+    packed: Tensor, order: int, x: Tensor, mask: Tensor | None, alpha: float, ones_column: bool, allow_tf32: bool
 ) -> None:
+    add(packed, order, x, kept_rows(mask), alpha, ones_column, allow_tf32)
+
+
+def add(
+    packed: Tensor, order: int, x: Tensor, kept: Tensor | None, alpha: float, ones_column: bool, allow_tf32: bool
+) -> None:
+    """The update by rows `x [..., n]`, of which those numbered `kept [P]` count, or all."""
     x = x.flatten(0, -2)
-    if mask is not None and not bool(mask.all()):
-        x = x.index_select(0, mask.nonzero().squeeze(1))
+    if kept is not None:
+        x = x.index_select(0, kept)
     if x.shape[0] == 0:
         return
     width = x.shape[1]
     *_above, last = panels(order)
-    if x.is_cuda and x.dtype.itemsize == 2:
+    if multiplies_as_they_are(x, packed.dtype):
         _add_on_gpu(packed, order, x, alpha)
         if ones_column:
             _add_ones_row(last.view(packed), x, alpha)
         return
     exact_in_bf16 = x.dtype == torch.bfloat16 and packed.dtype == torch.float32
     for chunk in upcast_chunks(x, packed.dtype):
-        with bf16_operands(exact_in_bf16):
+        with float32_products(allow_tf32=allow_tf32), bf16_operands(exact_in_bf16):
             for panel in panels(order):
                 rows = min(panel.stop, width) - panel.start
                 if rows > 0:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from kfade_kernels import PackedSymmetric, kron_solve
+from kfade_kernels.precision import float32_products
 from torch import Tensor
 
 from .config import DAMPINGS, FitConfig
@@ -129,7 +130,8 @@ class LayerCurvature:
     def product(self, left: Tensor, right: Tensor) -> float:
         """`leftᵀ F right` for two matrices `[d_out, d_in (+ 1)]`."""
         if self.q_out is not None and self.q_in is not None:
-            left, right = (self.q_out.T @ m.to(self.q_out.dtype) @ self.q_in for m in (left, right))
+            with float32_products():
+                left, right = (self.q_out.T @ m.to(self.q_out.dtype) @ self.q_in for m in (left, right))
         if self.q_out is None and self.lambda_sum is None:
             return float((left * right).sum(dtype=torch.float64))
         return float((left * right * self.eigenvalues()).sum(dtype=torch.float64))

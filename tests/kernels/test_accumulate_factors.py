@@ -7,7 +7,9 @@ from typing import Any
 import kfade_kernels as kk
 import pytest
 import torch
+from kfade_kernels.syrk import pytorch as syrk_pytorch
 from oracles import assert_as_accurate, outer_sum
+from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -88,3 +90,19 @@ def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -
         kk.accumulate_factors_(**{**good, **change})
     for name in ("acc_a", "acc_s"):
         assert not good[name].to_dense().any(), "a refused call must change nothing"
+
+
+def test_a_mask_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look makes the host wait for a GPU."""
+    looks = []
+    kept_rows = syrk_pytorch.kept_rows
+
+    def counted(mask: Tensor | None) -> Tensor | None:
+        looks.append(mask)
+        return kept_rows(mask)
+
+    monkeypatch.setattr(syrk_pytorch, "kept_rows", counted)
+    acc_a, acc_s = ([kk.PackedSymmetric(5) for _ in range(4)] for _ in range(2))
+    a, g = ([torch.randn(2, 9, 5) for _ in range(4)] for _ in range(2))
+    kk.accumulate_factors_(acc_a, acc_s, a, g, torch.rand(2, 9) > 0.4)
+    assert len(looks) == 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kfade_kernels as kk
 import pytest
 import torch
+from kfade_kernels.precision import float32_products
+from kfade_kernels.syrk import pytorch as syrk_pytorch
 from oracles import assert_close, orthogonal
 
 PUBLIC = (
@@ -248,3 +250,52 @@ def test_rotation_is_not_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = kk.rotate(x, q)
     assert torch.equal(inside, kk.rotate(x, q))
+
+
+@pytest.fixture
+def precision_settings() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for settings in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        settings.fp32_precision = "none"
+
+
+def float32_settings() -> tuple[str, str]:
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.mark.usefixtures("precision_settings")
+@pytest.mark.parametrize("kind", ["high", "medium"])
+def test_tf32_of_the_whole_program_does_not_reach_an_operation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    run = syrk_pytorch.add
+
+    def recording(*arguments: Any) -> None:
+        seen.append(float32_settings())
+        run(*arguments)
+
+    monkeypatch.setattr(syrk_pytorch, "add", recording)
+    torch.set_float32_matmul_precision(kind)
+    before = float32_settings()
+    assert before != ("ieee", "ieee")
+    kk.syrk_(kk.PackedSymmetric(4), torch.randn(3, 4))
+    assert seen == [("ieee", "ieee")]
+    assert float32_settings() == before
+    assert torch.get_float32_matmul_precision() == kind
+
+
+@pytest.mark.usefixtures("precision_settings")
+def test_precision_settings_are_left_as_they_were() -> None:
+    with float32_products(allow_tf32=True):
+        # On a GPU alone.
+        assert float32_settings()[0] == "tf32" != float32_settings()[1]
+        with float32_products():
+            assert float32_settings()[0] == "ieee"
+        assert float32_settings()[0] == "tf32"
+    # A wider setting that was followed is followed again.
+    torch.backends.fp32_precision = "tf32"
+    with float32_products():
+        assert float32_settings() == ("ieee", "ieee")
+    assert float32_settings() == ("tf32", "tf32")
+    torch.backends.fp32_precision = "ieee"
+    assert float32_settings() == ("ieee", "ieee")

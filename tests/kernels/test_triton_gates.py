@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from kfade_kernels import devices, triton_support
 from kfade_kernels.apply_update import triton as apply_update
 from kfade_kernels.eigenvalue_correction import triton as eigenvalue_correction
+from kfade_kernels.precision import multiplies_as_they_are
 from kfade_kernels.product import triton as product
 from kfade_kernels.sampled_cross_entropy import triton as sampled_cross_entropy
 from kfade_kernels.syrk import triton as syrk
@@ -172,3 +173,36 @@ def test_sequences_beyond_the_crossover_are_explained(gpu: devices.Device) -> No
     )
     short = torch.empty(64, 64, 512, **GPU)
     assert "rotated as tokens" in kk.explain("eigenvalue_correction_", lam, short, short, q, q).configuration
+
+
+def test_small_matrices_are_served_with_a_large_one(gpu: devices.Device) -> None:
+    """A router of 8 experts must not take all other layers of its launch from the kernels."""
+    acc = [kk.PackedSymmetric(n, **GPU) for n in (1024, 8)]
+    g = [torch.empty(512, n, dtype=torch.bfloat16, **GPU) for n in (1024, 8)]
+    assert kk.explain("accumulate_factors_", [], acc, [], g, ones_column=[]).backend == "triton"
+    assert kk.explain("accumulate_factors_", [], acc[1:], [], g[1:], ones_column=[]).backend == "pytorch"
+    v, q = [torch.empty(n, 1024, **GPU) for n in (1024, 8)], [torch.empty(n, n, **GPU) for n in (1024, 8)]
+    arguments = v, q, [q[0], q[0]], v, 0.1
+    assert kk.explain("kron_solve", *arguments).backend == "triton"
+    assert kk.explain("kron_solve", *(x[1:] if isinstance(x, list) else x for x in arguments)).backend == "pytorch"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_graphs_are_not_captured(gpu: devices.Device, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would copy the table of addresses again from memory that was meanwhile given to others."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    args, kwargs = calls()[operation]
+    said = kk.explain(operation, *args, **kwargs)
+    assert said.backend == "pytorch"
+    assert "CUDA graph" in dict(said.refused)["triton"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_in_double_precision_multiply_in_it(gpu: devices.Device, dtype: torch.dtype) -> None:
+    """PyTorch refuses a product of 16-bit operands with a float64 result."""
+    x = torch.empty(64, 200, dtype=dtype, **GPU)
+    assert multiplies_as_they_are(x, torch.float32)
+    assert not multiplies_as_they_are(x, torch.float64)
+    assert not multiplies_as_they_are(torch.empty(64, 200, **GPU), torch.float32)
+    assert not multiplies_as_they_are(torch.empty(64, 200, dtype=dtype), torch.float32)
