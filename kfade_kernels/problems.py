@@ -249,7 +249,7 @@ def outer_product(
         return dense.addmm_(x.T, x)
 
     baselines: dict[str, Work] = {"mm + add_": lambda: dense.add_(_matrix_product(x))}
-    if allow_tf32:
+    if allow_tf32 and dtype == torch.float32:
         baselines = {"mm + add_, tf32": with_tf32(baselines["mm + add_"]), "addmm_, tf32": with_tf32(addmm)}
     elif dtype == torch.float32:
         baselines["addmm_"] = addmm

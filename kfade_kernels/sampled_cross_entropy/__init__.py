@@ -129,8 +129,8 @@ def sampled_cross_entropy(
             pass over words, cheap on a GPU. The sum is in float32 (float64 for float64 x).
         weight: output projection `[V, d]`, dtype of x.
         bias: its bias `[V]`.
-        chunk_rows: rows of one chunk; 0 keeps a chunk of logits within 64 MiB (256 MiB on a GPU, where the
-            vocabulary comes in chunks too).
+        chunk_rows: rows of one chunk; 0 keeps a chunk of logits within 64 MiB (256 MiB on a GPU, where Triton's
+            kernels take the vocabulary in chunks too).
 
     Returns:
         `labels [N]` int64, `grad` (shape and dtype of x), `nll [N]` in float32 (float64 for float64 x). A word

@@ -16,12 +16,14 @@ from .noise import vocabulary_noise
 from .reference import compute_dtype
 
 BLOCK = 256
-CHUNK_BYTES = 64 << 20
+# Of float32 logits. Each chunk reads the whole output projection, which few rows do not make up for on a GPU.
+CHUNK_BYTES, GPU_CHUNK_BYTES = 64 << 20, 256 << 20
 
 
-def rows_per_chunk(vocabulary: int, chunk_rows: int) -> int:
-    """Rows of one chunk: as asked, or what keeps a float32 block of logits within `CHUNK_BYTES`."""
-    return chunk_rows if chunk_rows > 0 else max(16, CHUNK_BYTES // (4 * vocabulary))
+def rows_per_chunk(vocabulary: int, chunk_rows: int, device: torch.device) -> int:
+    """Rows of one chunk: as asked, or what keeps a float32 block of logits within the bytes of a chunk there."""
+    size = GPU_CHUNK_BYTES if device.type == "cuda" else CHUNK_BYTES
+    return chunk_rows if chunk_rows > 0 else max(16, size // (4 * vocabulary))
 
 
 def _sample(p: Tensor, uniform: Tensor, smallest: float) -> Tensor:
@@ -58,7 +60,7 @@ def run(
     out_labels = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     out_nll = torch.empty(x.shape[0], dtype=dtype, device=x.device)
     grad = torch.empty_like(x)
-    step = rows_per_chunk(vocabulary, chunk_rows)
+    step = rows_per_chunk(vocabulary, chunk_rows, x.device)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         logits = x[rows] if weight is None else torch.nn.functional.linear(x[rows], weight, bias)
@@ -87,4 +89,4 @@ def configuration(
     x: Tensor, weight: Tensor | None, bias: object, uniform: object, labels: object, keys: object, chunk_rows: int
 ) -> str:
     vocabulary = x.shape[1] if weight is None else weight.shape[0]
-    return f"chunks of {rows_per_chunk(vocabulary, chunk_rows)} rows × {vocabulary} words"
+    return f"chunks of {rows_per_chunk(vocabulary, chunk_rows, x.device)} rows × {vocabulary} words"

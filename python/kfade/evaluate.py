@@ -142,9 +142,7 @@ def rouge_l(expected: str, reply: str) -> tuple[float, float]:
 
 def _per_sequence(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Sums `[B]` of per-position values `[N]`, and how many positions each sequence has."""
-    mask = batch.loss_mask
-    sums = torch.zeros(len(mask), dtype=torch.float64, device=values.device)
-    return sums.index_add_(0, mask.nonzero()[:, 0], values.double()), mask.sum(1)
+    return batch.sequence_sums(values.double()), batch.loss_mask.sum(1)
 
 
 @torch.no_grad()
@@ -189,7 +187,7 @@ class _Divergence:
             raise ValueError(
                 f"the reference has {reference.shape[0]} positions in a batch of {rows.shape[0]}: other data"
             )
-        step = rows_per_chunk(4 * (rows.shape[1] if self._ours[0] is None else self._ours[0].shape[0]), 0)
+        step = rows_per_chunk(4 * (rows.shape[1] if self._ours[0] is None else self._ours[0].shape[0]), 0, rows.device)
         total = 0.0
         for start in range(0, rows.shape[0], step):
             ours = self._logits(rows[start : start + step], self._ours)

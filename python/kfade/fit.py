@@ -130,7 +130,7 @@ def _fit_layers(
         return states
     device, dtype = device_of(model), state_dtype(model)
     tokens = sum(batch.tokens for batch in batches)
-    losses = config.samples * sum(int(batch.loss_mask.sum()) for batch in batches)
+    losses = config.samples * sum(len(batch.loss_index) for batch in batches)
     for state in states.values():
         state.losses = losses
 

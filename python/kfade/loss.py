@@ -50,10 +50,27 @@ class Batch:
         mask[:, :-1] = (self.labels[:, 1:] != IGNORE_INDEX) & self.attention[:, :-1] & self.attention[:, 1:]
         return mask
 
+    @cached_property
+    def loss_index(self) -> Tensor:
+        """int64 `[N]`: the loss positions in `[B·T]`; found once, since counting them waits for the device."""
+        return self.loss_mask.flatten().nonzero().squeeze(1)
+
     @property
     def targets(self) -> Tensor:
         """int64 `[N]`: the label of each loss position."""
-        return self.labels[:, 1:][self.loss_mask[:, :-1]]
+        # The last position of a sequence carries no loss.
+        return self.labels.flatten()[self.loss_index + 1]
+
+    @cached_property
+    def target_range(self) -> tuple[int, int]:
+        """Smallest and largest label of the N > 0 loss positions; read once."""
+        smallest, largest = torch.stack(self.targets.aminmax()).tolist()
+        return smallest, largest
+
+    def sequence_sums(self, values: Tensor) -> Tensor:
+        """Sums `[B]` of values `[N]` of the loss positions, always in one order (`index_add_` has none on a GPU)."""
+        whole = values.new_zeros(self.input_ids.numel()).index_copy_(0, self.loss_index, values)
+        return whole.view(self.input_ids.shape).sum(1)
 
     @property
     def positions(self) -> Tensor:
@@ -178,12 +195,14 @@ class Head:
 
     def rows(self, batch: Batch) -> Tensor:
         """`[N, d]` hidden states, or `[N, V]` logits, at the N loss positions of a batch."""
+        # Before the model is queued, since it may wait for the device.
+        index = batch.loss_index
         with autocast(self._autocast, self._device):
             if self._body is not None:
                 output = self._body(**self._inputs(batch)).last_hidden_state
             else:
                 output = self._model(**self._inputs(batch)).logits
-        picked: Tensor = output[batch.loss_mask]
+        picked: Tensor = output.flatten(0, 1).index_select(0, index)
         return picked
 
     def _detached(self, rows: Tensor) -> Tensor:
@@ -200,10 +219,10 @@ class Head:
         streams = sequence_keys(batch, seed).unsqueeze(1) + 7_919 * sample
         x, weight, bias = self._detached(rows), self.weight, self.bias
         if rows.device.type == "cpu":
-            uniform = counter_uniform(streams, batch.positions)[batch.loss_mask]
+            uniform = counter_uniform(streams, batch.positions).flatten()[batch.loss_index]
             found = sampled_cross_entropy(x, uniform, weight=weight, bias=bias)
         else:
-            keys = counter_bits(streams, batch.positions)[batch.loss_mask]
+            keys = counter_bits(streams, batch.positions).flatten()[batch.loss_index]
             found = sampled_cross_entropy(x, keys=keys, weight=weight, bias=bias)
         return found.labels, found.grad.to(rows.dtype), found.nll
 
@@ -211,9 +230,10 @@ class Head:
         """The same for the labels of the data."""
         vocabulary = rows.shape[1] if self.weight is None else self.weight.shape[0]
         labels = batch.targets
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
+        smallest, largest = batch.target_range if len(labels) else (0, 0)
+        if not 0 <= smallest <= largest < vocabulary:
             raise ValueError(
-                f"labels of batch {batch.index} range from {int(labels.min())} to {int(labels.max())};"
+                f"labels of batch {batch.index} range from {smallest} to {largest};"
                 f" they must be -100, or from 0 to {vocabulary - 1}"
             )
         found = sampled_cross_entropy(self._detached(rows), labels=labels, weight=self.weight, bias=self.bias)
@@ -231,7 +251,7 @@ class Head:
         vocabulary = rows.shape[1] if weight is None else weight.shape[0]
         divergence = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
         grad = torch.empty_like(rows if gradient else rows[:0])
-        step = rows_per_chunk(2 * vocabulary, 0)
+        step = rows_per_chunk(2 * vocabulary, 0, rows.device)
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
             logs = []

@@ -176,7 +176,7 @@ class _Run:
         """Summed NLL of each sequence `[B]`, a tensor a batch."""
         sums = []
         for batch in batches:
-            sums.append(_by_sequence(self.head.labelled(self.head.rows(batch), batch)[2], batch))
+            sums.append(batch.sequence_sums(self.head.labelled(self.head.rows(batch), batch)[2]))
             stage.advance(batch.tokens)
         return sums
 
@@ -203,7 +203,7 @@ class _Run:
         self, batches: Sequence[Batch], start: Sequence[Tensor], stage: Stage
     ) -> tuple[Matrices, float]:
         """Gradient of the forget objective (token mean), and the token-mean NLL."""
-        tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+        tokens = sum(len(batch.loss_index) for batch in batches)
         total = 0.0
         with self._tracked():
             for batch, before in zip(batches, start, strict=True):
@@ -212,8 +212,8 @@ class _Run:
                 require_finite(nll, batch, "the forget loss")
                 total += float(nll.sum(dtype=torch.float64))
                 if self.config.objective == "npo":
-                    weight = npo_weights(_by_sequence(nll, batch), before, self.config.npo_beta)
-                    sequence = batch.loss_mask.nonzero()[:, 0]
+                    weight = npo_weights(batch.sequence_sums(nll), before, self.config.npo_beta)
+                    sequence = batch.loss_index // batch.input_ids.shape[1]
                     grad = grad * weight[sequence].unsqueeze(1).to(grad.dtype)
                 rows.backward(grad / tokens)
                 stage.advance(batch.tokens)
@@ -221,7 +221,7 @@ class _Run:
 
     def kl_gradient(self, batches: Sequence[Batch], references: Sequence[Tensor], stage: Stage) -> Matrices:
         """Gradient of the mean KL to the references (token mean)."""
-        tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+        tokens = sum(len(batch.loss_index) for batch in batches)
         with self._tracked():
             for batch, reference in zip(batches, references, strict=True):
                 rows = self.head.rows(batch)
@@ -229,11 +229,6 @@ class _Run:
                 rows.backward(grad / tokens)
                 stage.advance(batch.tokens)
             return self._gradient_matrices()
-
-
-def _by_sequence(values: Tensor, batch: Batch) -> Tensor:
-    """Sums `[B]` of per-position values `[N]`."""
-    return values.new_zeros(len(batch.input_ids)).index_add_(0, batch.loss_mask.nonzero()[:, 0], values)
 
 
 def npo_weights(nll: Tensor, start: Tensor, beta: float) -> Tensor:
@@ -414,7 +409,7 @@ class _Stepper:
             name: sum(batch.tokens for batch in part)
             for name, part in (("forget", forget), ("fitted", fitted), ("held", held))
         }
-        self._forget_losses = sum(int(batch.loss_mask.sum()) for batch in forget)
+        self._forget_losses = sum(len(batch.loss_index) for batch in forget)
         kept = [*held, *fitted] if self._uses_pull else list(held)
         total = sum(batch.tokens for batch in (*kept, *forget, *held))
         with progress.stage("original outputs", total) as stage:

@@ -100,7 +100,13 @@ class Update:
             raise ValueError(f"scale is {scale!r}; it must be a finite number")
         targets = self._targets(model)
         before = {name: p.detach().clone() for name, p in targets.items()}
-        self._add_(targets, scale)
+        try:
+            self._add_(targets, scale)
+        except BaseException:
+            # Memory may run out between two groups of weights; half an update is none.
+            for name, p in targets.items():
+                p.copy_(before[name])
+            raise
         # Versions alone cannot tell training from a round trip through a copy; the values can.
         after = {name: p.detach().clone() for name, p in targets.items()}
         self._applied.setdefault(model, []).append(_Applied(float(scale), before, after))

@@ -499,3 +499,15 @@ class Bypassed(HandMade):
 def test_a_layer_that_is_never_called_is_refused() -> None:
     with pytest.raises(UnsupportedLayerError, match="first"):
         fitted(Bypassed().double(), [batch()], modules="first|head")
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_loss_positions_are_found_once_and_agree_with_the_mask(padding: str) -> None:
+    one = check_batch(batch(padding), 0, torch.device("cpu"))
+    mask = one.loss_mask
+    assert torch.equal(one.loss_index, mask.flatten().nonzero().squeeze(1)) and one.loss_index is one.loss_index
+    assert torch.equal(one.targets, one.labels[:, 1:][mask[:, :-1]])
+    assert one.target_range == (int(one.targets.min()), int(one.targets.max()))
+    values = torch.randn(int(mask.sum()), dtype=torch.float64)
+    sums = torch.stack([values[mask.nonzero()[:, 0] == i].sum() for i in range(len(mask))])
+    torch.testing.assert_close(one.sequence_sums(values), sums)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,27 @@ def test_groups_of_weights_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         update().apply_(net, 0.5)
         states.append(state(net))
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_an_update_that_fails_half_way_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kfade.update import apply_update_
+
+    done: list[object] = []
+
+    def runs_out(*arguments: Any) -> None:
+        if done:
+            raise torch.OutOfMemoryError("out of memory")
+        done.append(apply_update_(*arguments))
+
+    monkeypatch.setattr("kfade.update.GROUP_BYTES", 1)
+    monkeypatch.setattr("kfade.update.apply_update_", runs_out)
+    net, change = model(), update()
+    before = state(net)
+    with pytest.raises(torch.OutOfMemoryError):
+        change.apply_(net)
+    assert done and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="no application"):
+        change.remove_(net)
 
 
 def test_a_file_in_16_bit_is_added_in_float32() -> None:
