@@ -27,7 +27,7 @@ from .dispatch import KILL_SWITCH, Explanation, explain
 from .eigenvalue_correction import eigenvalue_correction_
 from .kron_solve import kron_solve
 from .packed import PackedSymmetric
-from .precision import bf16_pair
+from .precision import bf16_pair, float32_products
 from .rotation import rotate
 from .sampled_cross_entropy import sampled_cross_entropy
 from .sampled_cross_entropy.noise import vocabulary_noise
@@ -210,12 +210,8 @@ def with_tf32(work: Work) -> Work:
     """The same with PyTorch's float32 products in TF32."""
 
     def switched() -> object:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
+        with float32_products(allow_tf32=True):
             return work()
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     return switched
 

@@ -89,7 +89,7 @@ def _sweep(
     return maximum, tl.sum(total, 0), top, tl.min(tl.where(best == top, word, 2147483647), 0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "vocabulary", "stride", "grad_stride"])
 def logits_kernel(
     logits,
     keys,
@@ -137,7 +137,7 @@ def logits_kernel(
             tl.store(target + at, p.to(grad.dtype.element_ty), mask=at < vocabulary, cache_modifier=".cs")
 
 
-@triton.jit(do_not_specialize=["rows", "first"])
+@triton.jit(do_not_specialize=["rows", "width", "first"])
 def chunk_kernel(
     logits,
     keys,

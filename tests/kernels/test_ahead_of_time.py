@@ -103,9 +103,10 @@ def test_each_check_can_fail(answers: Any, name: str, fault: str) -> None:
 
 SPECIALISED = """
 from importlib import import_module
+from kfade_kernels.ahead_of_time import KERNELS
 from kfade_kernels.devices import H100
 found = set()
-for folder in ("eigenvalue_correction", "product", "syrk"):
+for folder in KERNELS:
     for variant in import_module(f"kfade_kernels.{folder}.triton").variants(H100):
         for parameter in variant.kernel.params:
             if variant.signature.get(parameter.name, "").startswith("i") and not parameter.do_not_specialize:
