@@ -3,10 +3,11 @@
     python -m kfade_kernels.tune --operation syrk --orders 1024 4096 8192 --dtype bfloat16
     python -m kfade_kernels.tune --operation product --dtype float32 --out tuned.json
 
-Every candidate runs on scratch data and is held against float64 before it is timed, with a cold cache.
-The entries carry the device by its name, so they serve that device alone, and replace older entries of
-the same device, dtype, size class and Triton version; all others stay. Without `--out` they go into the
-file that the kernel is shipped with.
+Every candidate runs on scratch data and is held against float64 before it is timed, with a cold cache. What is
+shipped is tried first, and the others in a random order, since the first call of each takes a second to compile:
+the budget is shared out to the orders, and entries are written after each. The entries carry the device by its
+name, so they serve that device alone, and replace older entries of the same device, dtype, size class and Triton
+version; all others stay. Without `--out` they go into the file that the kernel is shipped with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import math
+import random
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +27,7 @@ from typing import Any
 import torch
 
 from . import problems
-from .configurations import Configuration, Entry, forced, path_of, read, size_class, unfit, write
+from .configurations import Configuration, Entry, choose, forced, path_of, read, size_class, unfit, write
 from .devices import Device, of_tensors
 from .packed import PANEL_ROWS
 from .problems import Problem, Reference
@@ -127,6 +131,7 @@ def measure(
     problem: Problem,
     timer: Callable[[Work], float],
     check: Callable[[Problem, Reference | None], str | None] = problems.fault,
+    until: float = math.inf,
 ) -> None:
     """Check and time every trial that is still in the race, on one problem.
 
@@ -137,11 +142,17 @@ def measure(
         problem: scratch data.
         timer: seconds of one call with a cold cache.
         check: what is wrong with the results, or None.
+        until: no trial begins after this time of `time.monotonic`.
+
+    Raises:
+        RuntimeError: a trial has left the device unusable for this process.
     """
     against = problems.reference(problem)
     for trial in trials:
         if trial.fault is not None:
             continue
+        if time.monotonic() > until:
+            return
         with forced(kernel, trial.configuration, problem.operands or problem.dtype), problems.by_triton():
             try:
                 trial.fault = check(problem, against)
@@ -150,6 +161,8 @@ def measure(
                     trial.seconds[order] = Times.of([timer(problem.run) for _ in range(REPEATS)]).median
             except Exception as error:  # a compiler may fail in any way, and the next candidate is none the worse
                 trial.fault = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                if problem.device.type == "cuda":
+                    torch.cuda.synchronize(problem.device)
 
 
 def best(trials: Iterable[Trial], orders: Sequence[int]) -> Trial | None:
@@ -196,21 +209,40 @@ def tune(
     timer: Callable[[Work], float],
     check: Callable[[Problem, Reference | None], str | None] = problems.fault,
     say: Callable[[str], object] = print,
+    seconds: float = math.inf,
+    save: Callable[[list[Trial], Sequence[int]], object] = lambda *_: None,
 ) -> list[Trial]:
-    """Try every candidate of a kernel on every order.
+    """Try the candidates of a kernel on every order, as far as the time goes.
+
+    Args:
+        kernel, dtype, device: what is tuned.
+        orders: of the problems.
+        make: a problem of an order.
+        timer, check: see `measure`.
+        say: takes lines of text.
+        seconds: for all orders together.
+        save: takes the trials, and the orders that are done, after each order.
 
     Raises:
-        RuntimeError: Triton would not serve the problem of an order.
+        RuntimeError: Triton would not serve the problem of an order, or a trial has left the device unusable.
     """
-    trials = [Trial(c) for c in candidates(kernel, device, dtype)]
-    for order in orders:
+    end = time.monotonic() + seconds
+    found = candidates(kernel, device, dtype)
+    random.Random(0).shuffle(found)
+    first = {choose(kernel, device, dtype, order, triton_version()) for order in orders}
+    trials = [Trial(c) for c in sorted(found, key=lambda c: c not in first)]
+    for number, order in enumerate(orders):
         problem = make(order)
         refused = problems.served_here(problem)
         if refused is not None:
             raise RuntimeError(f"operation is {kernel}; Triton does not serve it at {order}: {refused}")
-        measure(kernel, trials, order, problem, timer, check)
-        left = [t for t in trials if t.fault is None]
-        say(f"{kernel} {short(dtype)} {order}: {len(left)} of {len(trials)} configurations are correct")
+        now = time.monotonic()
+        try:
+            measure(kernel, trials, order, problem, timer, check, now + (end - now) / (len(orders) - number))
+        finally:
+            save(trials, orders[: number + 1])
+        left = [t for t in trials if t.fault is None and order in t.seconds]
+        say(f"{kernel} {short(dtype)} {order}: {len(left)} of {len(trials)} configurations were tried and are correct")
         for trial in sorted(left, key=lambda t: t.seconds[order])[:5]:
             say(f"  {trial.seconds[order] * 1e6:10.1f} µs  {trial.configuration}")
     return trials
@@ -221,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--operation", choices=SEARCHES, required=True, help="the kernel, by its folder")
     parser.add_argument("--orders", type=int, nargs="+", default=[512, 2048, 8192], help="orders, or row lengths")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--budget-seconds", type=float, default=540.0, help="for all orders together")
     parser.add_argument("--out", type=Path, help="file of entries, in the place of the shipped one")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -231,18 +264,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     where, dtype = torch.device("cuda"), DTYPES[options.dtype]
     device, search = of_tensors(where), SEARCHES[options.operation]
+    path = options.out or path_of(options.operation)
+    today = datetime.date.today().isoformat()
+    new: list[Entry] = []
+
+    def save(trials: list[Trial], orders: Sequence[int]) -> None:
+        new[:] = entries_of(trials, orders, device, dtype, triton_version(), today)
+        write(path, merged(read(path), new))
+
     torch.manual_seed(0)
     trials = tune(
         options.operation, options.orders, dtype, device, lambda order: search.problem(order, dtype, where),
-        Timer(where),
+        Timer(where), seconds=options.budget_seconds, save=save,
     )  # fmt: skip
     faults = {trial.fault for trial in trials if trial.fault}
     for number, text in enumerate(sorted(faults)):
         if number < 10:
             print(f"  out: {text}")
-    new = entries_of(trials, options.orders, device, dtype, triton_version(), datetime.date.today().isoformat())
-    path = options.out or path_of(options.operation)
-    write(path, merged(read(path), new))
     for entry in new:
         print(f"{entry.device}, {entry.dtype}, {entry.size}: {entry.configuration}")
     print(f"{len(new)} entries written to {path}")

@@ -146,7 +146,29 @@ def test_a_search_from_end_to_end(order: int, monkeypatch: pytest.MonkeyPatch) -
     assert [(t.configuration.block_n, t.seconds, t.fault) for t in trials] == [
         (64, {order: 2e-6}, None), (128, {}, "no"),
     ]  # fmt: skip
-    assert "1 of 2 configurations are correct" in said[0]
+    assert "1 of 2 configurations were tried and are correct" in said[0]
+
+
+def test_time_that_runs_out_leaves_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each order gets its share of the time, the shipped configuration comes first, and results are kept at once."""
+    clock = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(problems, "served_here", lambda _: None)
+
+    def check(problem: Problem, against: problems.Reference | None) -> str | None:
+        clock[0] += 1.0
+        return None
+
+    saved: list[tuple[int, list[int]]] = []
+    trials = tune.tune(
+        "syrk", [512, 2048, 8192], BF16, H100, lambda order: fake([]), lambda work: 1.0, check, lambda _: None,
+        seconds=30.0, save=lambda trials, orders: saved.append((sum(bool(t.seconds) for t in trials), list(orders))),
+    )  # fmt: skip
+    assert [orders for _, orders in saved] == [[512], [512, 2048], [512, 2048, 8192]]
+    assert all(10 <= count <= 12 for count, _ in saved)
+    shipped_ones = {choose("syrk", H100, BF16, order, tune.triton_version()) for order in (512, 2048, 8192)}
+    assert {t.configuration for t in trials[: len(shipped_ones)]} == shipped_ones
+    assert clock[0] <= 33.0
 
 
 def test_what_triton_does_not_serve_is_not_tuned() -> None:
