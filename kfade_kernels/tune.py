@@ -224,18 +224,21 @@ def tune(
         save: takes the trials, and the orders that are done, after each order.
 
     Raises:
-        RuntimeError: Triton would not serve the problem of an order, or a trial has left the device unusable.
+        RuntimeError: Triton would serve the problem of no order, or a trial has left the device unusable.
     """
     end = time.monotonic() + seconds
     found = candidates(kernel, device, dtype)
     random.Random(0).shuffle(found)
     first = {choose(kernel, device, dtype, order, triton_version()) for order in orders}
     trials = [Trial(c) for c in sorted(found, key=lambda c: c not in first)]
+    refusals: list[str] = []
     for number, order in enumerate(orders):
         problem = make(order)
         refused = problems.served_here(problem)
         if refused is not None:
-            raise RuntimeError(f"operation is {kernel}; Triton does not serve it at {order}: {refused}")
+            refusals.append(f"operation is {kernel}; Triton does not serve it at {order}: {refused}")
+            say(refusals[-1])
+            continue
         now = time.monotonic()
         try:
             measure(kernel, trials, order, problem, timer, check, now + (end - now) / (len(orders) - number))
@@ -245,6 +248,8 @@ def tune(
         say(f"{kernel} {short(dtype)} {order}: {len(left)} of {len(trials)} configurations were tried and are correct")
         for trial in sorted(left, key=lambda t: t.seconds[order])[:5]:
             say(f"  {trial.seconds[order] * 1e6:10.1f} µs  {trial.configuration}")
+    if len(refusals) == len(orders):
+        raise RuntimeError("; ".join(refusals))
     return trials
 
 

@@ -100,6 +100,17 @@ def test_verdicts(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None
     assert "wrong: syrk_ order 150, 40 rows, float16" in (session.out / "gpu.log").read_text()
 
 
+@pytest.mark.parametrize("rows", [16, 1000, 4096])
+def test_what_a_matrix_unit_cuts_off_is_allowed_and_a_lost_row_is_not(rows: int) -> None:
+    problem = problems.outer_product(rows, 150, torch.float16, CPU)
+    against = problems.reference(problem)
+    steps = rows / 8
+    (truth,) = against.truths
+    for share, fine in ((1 - 0.25 * steps * 2.0**-24, True), (1 - 1 / rows, False)):
+        ((error, allowed),) = problems.errors(problem, [(share * truth).float()], against)
+        assert (error <= allowed) == fine
+
+
 def test_half_an_operation_is_not_switched_on(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     path = session.results.parent / "kfade_kernels" / "verified.json"
     monkeypatch.setattr(gpu, "DTYPES", (torch.float16,))
