@@ -56,9 +56,11 @@ class Timer:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         for _ in range(_FLUSHES):
             self._flush.zero_()
-        start.record()
+        # Of this device, which need not be the current one.
+        stream = torch.cuda.current_stream(self.device)
+        start.record(stream)
         work()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e-3
 

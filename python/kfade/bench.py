@@ -216,12 +216,29 @@ def _compiled(name: str, work: Work, notes: list[str]) -> dict[str, Work]:
     return {f"{name}, torch.compile": compiled}
 
 
+def _fits(work: Work, device: torch.device) -> bool:
+    """Whether a call fits into the memory of a GPU; on a CPU it is taken to."""
+    if device.type != "cuda":
+        return True
+    try:
+        work()
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
 def measure(problem: Problem, config: BenchConfig, peak: float, notes: list[str]) -> list[Row]:
     """Time every provider of one problem, in turns."""
     providers = {OURS: problem.run, **problem.baselines}
     first = next(iter(problem.baselines), None)
     if problem.device.type == "cuda" and first is not None:
         providers |= _compiled(first, problem.baselines[first], notes)
+    wanted, providers = providers, {name: work for name, work in providers.items() if _fits(work, problem.device)}
+    notes.extend(f"{problem.operation} {problem.size}: {name} is out of memory" for name in wanted if name not in providers)
+    if first not in providers:
+        first = None
     times = interleaved(providers, Timer(problem.device), repeats=config.repeats)
     answer = problem.explain()
     base = None if first is None else times[first].median

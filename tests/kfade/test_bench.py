@@ -124,6 +124,15 @@ def test_all_providers_of_a_case_run(operation: str, dtype: torch.dtype) -> None
         assert problem.cost(problem.configuration(H100), H100).bytes > 0
 
 
+def test_what_does_not_fit_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problems.outer_product(9, 6, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(bench, "_fits", lambda work, _: work is not problem.baselines["mm + add_"])
+    notes: list[str] = []
+    rows = bench.measure(problem, bench.BenchConfig(repeats=1), 1e9, notes)
+    assert [row.provider for row in rows] == ["kfade", "addmm_"] and rows[0].speed_up is None
+    assert notes == ["syrk_ order 6, 9 rows: mm + add_ is out of memory"]
+
+
 def test_wrong_results_are_found() -> None:
     problem = problems.rotation(8, 12, torch.float32, CPU)
     good = problems.reference(problem)
