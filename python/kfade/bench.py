@@ -236,7 +236,9 @@ def measure(problem: Problem, config: BenchConfig, peak: float, notes: list[str]
     if problem.device.type == "cuda" and first is not None:
         providers |= _compiled(first, problem.baselines[first], notes)
     wanted, providers = providers, {name: work for name, work in providers.items() if _fits(work, problem.device)}
-    notes.extend(f"{problem.operation} {problem.size}: {name} is out of memory" for name in wanted if name not in providers)
+    notes.extend(
+        f"{problem.operation} {problem.size}: {name} is out of memory" for name in wanted if name not in providers
+    )
     if first not in providers:
         first = None
     times = interleaved(providers, Timer(problem.device), repeats=config.repeats)
