@@ -1,10 +1,12 @@
 """Unlearning by uphill Gauss-Newton steps, with fast Kronecker-factored curvature of language models."""
 
-from .config import FitConfig, UnlearnConfig
+from .config import FitConfig, InfluenceConfig, UnlearnConfig
 from .curvature import Curvature, LayerCurvature
 from .errors import DataError, KfadeError, NonFiniteError, StorageError, UnsupportedLayerError
 from .fit import fit, sampled_labels
+from .influence import Influence, influence
 from .layers import WeightAndBias
+from .operators import CurvatureOperator
 from .progress import Progress
 from .unlearn import Step, UnlearnReport, unlearn
 from .update import Update
@@ -13,8 +15,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Curvature",
+    "CurvatureOperator",
     "DataError",
     "FitConfig",
+    "Influence",
+    "InfluenceConfig",
     "KfadeError",
     "LayerCurvature",
     "NonFiniteError",
@@ -27,6 +32,7 @@ __all__ = [
     "Update",
     "WeightAndBias",
     "fit",
+    "influence",
     "sampled_labels",
     "unlearn",
 ]

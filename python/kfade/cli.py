@@ -17,10 +17,10 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import __version__
-from .config import FitConfig, UnlearnConfig, fit_config, unlearn_config
+from .config import FitConfig, InfluenceConfig, UnlearnConfig, fit_config, unlearn_config
 from .errors import KfadeError
 
-_FIT, _UNLEARN = FitConfig(), UnlearnConfig()
+_FIT, _UNLEARN, _INFLUENCE = FitConfig(), UnlearnConfig(), InfluenceConfig()
 _DEBUG = "kfade.debug"
 _NOT_KEPT = ("config", "as_json", "quiet", "debug")  # how a run is shown, not what it does
 
@@ -211,11 +211,11 @@ _LayersPerPass = Annotated[
 _Autocast = Annotated[str, typer.Option("--autocast", help="off, bfloat16 or float16.", rich_help_panel=_CURVATURE)]
 
 _STEP = "Unlearning"
-_Damping = Annotated[float, typer.Option("--damping", help="λ of the solve (F + λI)⁻¹.", rich_help_panel=_STEP)]
+_Damping = Annotated[float, typer.Option("--damping", help="λ of the solve (F + λI)⁻¹.", rich_help_panel=_CURVATURE)]
 _DampingKind = Annotated[
     str,
     typer.Option(
-        "--damping-kind", help="relative (times each layer's mean eigenvalue) or absolute.", rich_help_panel=_STEP
+        "--damping-kind", help="relative (times each layer's mean eigenvalue) or absolute.", rich_help_panel=_CURVATURE
     ),
 ]
 _Steps = Annotated[int, typer.Option("--steps", help="Uphill steps.", rich_help_panel=_STEP)]
@@ -288,7 +288,7 @@ def _records(source: str, limit: int | None) -> Any:
     return read_records(source)[:limit]
 
 
-def _effective(ctx: typer.Context, *configs: FitConfig | UnlearnConfig) -> dict[str, Any]:
+def _effective(ctx: typer.Context, *configs: FitConfig | UnlearnConfig | InfluenceConfig) -> dict[str, Any]:
     """The options in force, as `--config` reads them."""
     options = {key: value for key, value in ctx.params.items() if key not in _NOT_KEPT}
     for config in configs:
@@ -337,6 +337,22 @@ def _scores_table(columns: Mapping[str, Any]) -> Table:
         if any(values[key] is not None for values in summaries.values())
     ]
     return _table("Evaluation", ["", *summaries], rows)
+
+
+def _influence_table(result: Any, queries: Sequence[Any], train: Sequence[Any], k: int) -> Table:
+    """The top k of each query, by the beginnings of the records."""
+
+    def beginning(record: Any) -> str:
+        text = " ".join((record.prompt or record.response).split())
+        return text if len(text) <= 50 else f"{text[:49]}…"
+
+    values, indices = result.top(k)
+    rows = []
+    for q, (scores, numbers) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
+        titles = [f"{q}: {beginning(queries[q])}", *[""] * (len(numbers) - 1)]
+        found = [[f"{n}: {beginning(train[n])}", f"{score:.4g}"] for score, n in zip(scores, numbers, strict=True)]
+        rows += [[title, *cells] for title, cells in zip(titles, found, strict=True)]
+    return _table("Most helpful training records", ["query", "training record", "score"], rows, "left")
 
 
 def _costs(progress: Any) -> list[dict[str, Any]]:
@@ -653,6 +669,86 @@ def evaluate(
         _keep(out, _effective(ctx))
         write_text(out / "eval.json", json.dumps(plain(values), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     _print(as_json, values, _scores_table(result.evaluations))
+
+
+@app.command()
+def influence(
+    ctx: typer.Context,
+    model: _Model,
+    query: Annotated[
+        str, typer.Option("--query", help="What to explain, a record a query; the same kinds of source as --train.")
+    ],
+    train: Annotated[
+        str, typer.Option("--train", help="Training records to score: a .jsonl or .txt file, or a data set.")
+    ],
+    factors: Annotated[
+        Path,
+        typer.Option(
+            "--factors",
+            metavar="DIR",
+            help="Curvature that `kfade fit` saved, best of the training records.",
+            rich_help_panel=_CURVATURE,
+        ),
+    ],
+    out: _Out,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Most helpful training records to list a query.")] = 10,
+    damping: _Damping = _INFLUENCE.damping,
+    damping_kind: _DampingKind = _INFLUENCE.damping_kind,
+    solved_bytes: Annotated[
+        int,
+        typer.Option(
+            "--solved-bytes",
+            help="Bytes of solved query gradients kept at once; more queries take more passes over --train.",
+            rich_help_panel=_CURVATURE,
+        ),
+    ] = _INFLUENCE.solved_bytes,
+    chat: _Chat = None,
+    batch_size: _BatchSize = 8,
+    loss_on: Annotated[
+        str,
+        typer.Option(
+            "--loss-on",
+            help="What of a query is explained: its response, or only the short answer inside it.",
+            rich_help_panel=_DATA,
+        ),
+    ] = "response",
+    max_tokens: _MaxTokens = 512,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    limit: _Limit = None,
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Score training records by their influence on the loss of each query.
+
+    Writes influence.safetensors (all scores), influence.json (the top records) and config.yaml into OUT.
+    """
+    from .curvature import Curvature
+    from .data import check_loss_on, ordered_batches
+    from .influence import influence as find_influence
+    from .models import check_model, load_model
+    from .storage import MANIFEST, read_json
+
+    options = InfluenceConfig(damping, damping_kind, solved_bytes)
+    check_loss_on(loss_on)
+    query_records, train_records = _records(query, limit), _records(train, limit)
+    check_model(model, dtype, device)
+    read_json(factors / MANIFEST)
+    _keep(out, _effective(ctx, options))
+    progress = _start(quiet)
+    with progress.stage("load the model"):
+        loaded, tokenizer = load_model(model, dtype, device)
+    fitted = Curvature.load(factors, loaded)
+    batching: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "max_tokens": max_tokens}
+    queries, query_order = ordered_batches(tokenizer, query_records, **batching, loss_on=loss_on)
+    batches, order = ordered_batches(tokenizer, train_records, **batching)
+    result = find_influence(loaded, fitted, queries, batches, options, progress=progress).in_order(query_order, order)
+    with progress.stage("save"):
+        result.save(out, top_k)
+    values = {"command": "influence", "out": str(out), **result.summary(top_k), "costs": _costs(progress)}
+    _print(as_json, values, _influence_table(result, query_records, train_records, top_k))
 
 
 @app.command()

@@ -136,7 +136,29 @@ class UnlearnConfig:
         _integer("trials", self.trials, 1)
 
 
-def to_dict(config: FitConfig | UnlearnConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class InfluenceConfig:
+    """How influence is computed from a fitted curvature.
+
+    Attributes:
+        damping: λ of the solve.
+        damping_kind: `relative` multiplies `damping` by the mean eigenvalue of each layer;
+            `absolute` takes it as it is, in the unit of Λ.
+        solved_bytes: solved query gradients kept at once, in bytes. Each takes as much as the tracked weights, at
+            least one is kept, and every further group of them costs one more pass over the training set.
+    """
+
+    damping: float = 0.1
+    damping_kind: str = "relative"
+    solved_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        _number("damping", self.damping, minimum=0.0)
+        _one_of("damping_kind", self.damping_kind, DAMPINGS)
+        _integer("solved_bytes", self.solved_bytes, 1)
+
+
+def to_dict(config: FitConfig | UnlearnConfig | InfluenceConfig) -> dict[str, Any]:
     """The fields as plain JSON/YAML values, nested."""
     return asdict(config)
 

@@ -255,6 +255,21 @@ def make_batches(
         ValueError: `loss_on` is neither, `batch_size` or `max_tokens` is less than 1 (2 for tokens),
             or `chat` is impossible.
     """
+    return ordered_batches(
+        tokenizer, records, chat=chat, batch_size=batch_size, max_tokens=max_tokens, loss_on=loss_on
+    )[0]
+
+
+def ordered_batches(
+    tokenizer: Any,
+    records: Sequence[Record],
+    *,
+    chat: bool | None = None,
+    batch_size: int = 8,
+    max_tokens: int = 512,
+    loss_on: str = "response",
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    """`make_batches`, and for each sequence in them, in order, the number of its record."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if max_tokens < 2:
@@ -262,6 +277,7 @@ def make_batches(
     check_loss_on(loss_on)
     rendered = uses_chat(tokenizer, chat)
     encoded = [encode(tokenizer, r, chat=rendered, max_tokens=max_tokens, loss_on=loss_on) for r in records]
-    encoded.sort(key=lambda pair: -len(pair[0]))
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
     pad = pad_id(tokenizer)
-    return [collate(encoded[i : i + batch_size], pad) for i in range(0, len(encoded), batch_size)]
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [collate([encoded[i] for i in group], pad) for group in groups], order

@@ -1,0 +1,111 @@
+"""curvlinops' K-FAC operator with factors from a kfade fit, so that it need not collect its own."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+from ..curvature import Curvature, LayerCurvature
+from . import UnsupportedPeerError
+
+PACKAGE = "curvlinops-for-pytorch"
+SUPPORTED_VERSIONS = ("3.0.1",)
+# The attributes of its operator that are read or written here.
+_NEEDED = (
+    "_input_covariances", "_gradient_covariances", "_mapping", "_model_func", "_params", "_loss_func", "_N_data",
+    "_num_per_example_loss_terms", "_separate_weight_and_bias", "_kfac_approx", "_fisher_type",
+    "_reset_matrix_properties",
+)  # fmt: skip
+_FISHERS = {"mc": "sampled", "empirical": "empirical"}
+
+
+def _check_operator(operator: object) -> None:
+    """Raise unless this is a K-FAC operator of a supported curvlinops with a loss that sums."""
+    try:
+        found = version(PACKAGE)
+        from curvlinops import KFACLinearOperator  # type: ignore[import-untyped]
+    except (PackageNotFoundError, ImportError) as error:
+        raise UnsupportedPeerError(f"{PACKAGE} is not installed: `pip install {PACKAGE}`") from error
+    if found not in SUPPORTED_VERSIONS:
+        raise UnsupportedPeerError(
+            f"{PACKAGE} has version {found}; supported is {', '.join(SUPPORTED_VERSIONS)}, whose operator keeps its"
+            " factors where they can be given to it"
+        )
+    # A subclass (its EK-FAC) keeps more than the factors.
+    if type(operator) is not KFACLinearOperator:
+        raise TypeError(f"operator is a {type(operator).__name__}; it must be a KFACLinearOperator")
+    missing = [name for name in _NEEDED if not hasattr(operator, name)]
+    if missing:
+        raise UnsupportedPeerError(f"the KFACLinearOperator of {PACKAGE} {found} has no {', '.join(missing)}")
+
+
+def _check_options(operator: Any, curvature: Curvature) -> None:
+    """Raise unless both mean the same matrix."""
+    if operator._kfac_approx != "expand":
+        raise ValueError(f"operator has kfac_approx {operator._kfac_approx!r}; it must be 'expand'")
+    if not isinstance(operator._loss_func, nn.CrossEntropyLoss):
+        raise ValueError(f"operator has loss_func {operator._loss_func}; it must be a CrossEntropyLoss")
+    if operator._loss_func.reduction != "sum":
+        raise ValueError(
+            f"operator has a loss_func with reduction {operator._loss_func.reduction!r}; it must be 'sum' (with ignored"
+            " labels curvlinops' mean depends on how sequences are batched)"
+        )
+    fisher = _FISHERS.get(str(getattr(operator._fisher_type, "value", operator._fisher_type)))
+    if fisher != curvature.config.fisher:
+        raise ValueError(
+            f"operator has fisher_type {str(operator._fisher_type)!r} and the curvature was fitted with fisher"
+            f" {curvature.config.fisher!r}; they must be 'mc' and 'sampled', or 'empirical' and 'empirical'"
+        )
+
+
+def set_factors_(operator: Any, curvature: Curvature, model: nn.Module) -> None:
+    """Give a `curvlinops.KFACLinearOperator` the factors of a fit, in its own normalisation.
+
+    Its products, its trace, determinants and norm, and its `KFACInverseLinearOperator` then rest on them, and it
+    makes no pass over its data. Build it with `num_data` (sequences), `num_per_example_loss_terms` (the padded
+    length) and `check_deterministic=False`, since it would count and check by passes of its own. It divides A by
+    sequences × padded length and leaves S as the sum (the mean over label samples), so that is what it is given;
+    padding is not in our sums, while in its own it is, as if it were text.
+
+    Args:
+        operator: changed in place; its parameters are those of layers of the curvature.
+        curvature: `kfac` or `ekfac` (whose factors are the same), fitted on `model` and the same data.
+        model: the model that was fitted; `model_func` of the operator is it, or calls it.
+
+    Raises:
+        UnsupportedPeerError: curvlinops is not installed, or of a version (or with internals) not supported.
+        TypeError: `operator` or `curvature` is something else.
+        ValueError: options that mean another matrix, or a layer that the curvature does not have.
+    """
+    _check_operator(operator)
+    if not isinstance(curvature, Curvature):
+        raise TypeError(f"curvature is a {type(curvature).__name__}; it must be a Curvature")
+    if curvature.config.curvature not in ("kfac", "ekfac"):
+        raise ValueError(f"curvature is {curvature.config.curvature!r}; it must be 'kfac' or 'ekfac' to have factors")
+    _check_options(operator, curvature)
+    modules = dict(model.named_modules())
+    absent = sorted(set(curvature) - set(modules))
+    if absent:
+        raise ValueError(f"model lacks the layers {absent[:4]} of the curvature; it must be the model that was fitted")
+    fitted = {id(modules[name]): state for name, state in curvature.items()}
+    states: dict[str, LayerCurvature] = {}
+    for name in operator._mapping:
+        module = operator._model_func.get_submodule(name)
+        if id(module) not in fitted:
+            raise ValueError(f"operator has the layer {name}, which is none of the curvature's: {sorted(curvature)}")
+        states[name] = fitted[id(module)]
+    operator._input_covariances, operator._gradient_covariances = {}, {}
+    operator._reset_matrix_properties()
+    positions = operator._N_data * operator._num_per_example_loss_terms
+    for name, state in states.items():
+        where = operator._mapping[name]
+        like = operator._params[next(iter(where.values()))]
+        assert state.a_sum is not None and state.s_sum is not None
+        operator._gradient_covariances[name] = (state.s_sum.to_dense() / curvature.config.samples).to(like)
+        if "weight" in where:
+            joint = "bias" in where and not operator._separate_weight_and_bias
+            order = state.width_in if joint else state.d_in
+            a = state.a_sum.to_dense()[:order, :order] / positions
+            operator._input_covariances[name] = a.to(like)
