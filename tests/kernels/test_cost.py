@@ -44,9 +44,9 @@ def test_waves_of_a_triangle() -> None:
 
 def test_few_tiles_are_split_and_summed() -> None:
     found = cost.syrk(16384, 512, BF16, SQUARE, H100)
-    # 10 tiles for 132 programs: 13 parts each, which are written and read once more in float32
-    assert found.parts[0].tiles == 130
-    assert found.parts[1] == Part("ordered sum", 0.0, 0.0, 8.0 * 130 * 128 * 128)
+    # 10 tiles for 132 programs: 10 parts each (13 save less than they move), written and read once more in float32
+    assert found.parts[0].tiles == 100
+    assert found.parts[1] == Part("ordered sum", 0.0, 0.0, 8.0 * 100 * 128 * 128)
     assert found.launches == 2
     alone = predict(cost.syrk(16384, 512, BF16, SQUARE), H100)
     assert predict(found, H100).arithmetic_seconds < 0.2 * alone.arithmetic_seconds
