@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import VOCABULARY, Batch, batch, hand_made, loss_positions, tiny
 from oracles import Sizes, assert_close, autograd_truth, dense_solve, relative
+from pages import run_examples
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -221,7 +222,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("strategy", ["ekfac", "diagonal"])
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_scores_are_those_of_kronfluence(padding: str, strategy: str) -> None:
     """On the same factors, after its division by sequences where ours is by loss positions."""
@@ -257,13 +258,16 @@ def test_scores_are_those_of_kronfluence(padding: str, strategy: str) -> None:
         "lambda_matrix": {n: s.lambda_sum for n, s in curvature.items()},
         "num_lambda_processed": {n: torch.tensor([len(train["input_ids"])]) for n in curvature},
     }
-    if strategy == "ekfac":
+    if strategy != "diagonal":
         factors |= {
             "activation_eigenvectors": {n: s.q_in for n, s in curvature.items()},
             "gradient_eigenvectors": {n: s.q_out for n, s in curvature.items()},
             "activation_eigenvalues": {n: s.lambda_in for n, s in curvature.items()},
-            "gradient_eigenvalues": {n: s.lambda_out for n, s in curvature.items()},
+            # It divides S by what is not padding.
+            "gradient_eigenvalues": {n: s.lambda_out * (s.losses / s.positions) for n, s in curvature.items()},
         }
+    if strategy == "kfac":
+        factors = {k: v for k, v in factors.items() if "lambda" not in k}
     loaders = [torch.utils.data.DataLoader(Rows(one), batch_size=3) for one in (asked, train)]
     theirs = compute_pairwise_scores_with_loaders(
         loaded_factors=factors, model=prepare_model(copy.deepcopy(model), Given()), state=State(cpu=True),
@@ -272,8 +276,9 @@ def test_scores_are_those_of_kronfluence(padding: str, strategy: str) -> None:
         tracked_module_names=None, disable_tqdm=True,
     )["all_modules"]  # fmt: skip
     # Their heuristic damping is 0.1 × the mean, which is our default.
-    sequences_by_losses = len(train["input_ids"]) / next(iter(curvature.values())).losses
-    assert_close(ours.scores * sequences_by_losses, theirs, 1e-4)
+    layer = next(iter(curvature.values()))
+    divisor = layer.positions if strategy == "kfac" else len(train["input_ids"])
+    assert_close(ours.scores * (divisor / layer.losses), theirs, 1e-4)
 
 
 # ------------------------------------------------------------------------------------ leaving one out
@@ -568,3 +573,10 @@ def test_the_command_refuses_what_it_cannot_use(home: Path, tmp_path: Path) -> N
         assert message in result.stderr
         assert result.stdout == ""
     assert "solved query gradients" in " ".join(done("influence", "--help").split())
+
+
+# ------------------------------------------------------------------------------------ the documentation
+
+
+def test_the_examples_of_the_page_run() -> None:
+    assert run_examples("influence.md")["found"].scores.shape == (2, 32)

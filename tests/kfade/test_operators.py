@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import batch, hand_made, sampled_labels, tiny
 from oracles import assert_close
+from pages import run_examples
 from torch import Tensor, nn
 
 import kfade
@@ -446,3 +447,14 @@ def test_a_singular_curvature_has_no_inverse_without_damping() -> None:
         operator.inverse_sqrt()
     assert operator.logdet() == -float("inf")
     assert torch.isfinite(CurvatureOperator(curvature, damping=0.1).inverse() @ torch.ones(260).double()).all()
+
+
+# ------------------------------------------------------------------------------------ the documentation
+
+
+def test_the_examples_of_the_page_run() -> None:
+    pytest.importorskip("curvlinops")
+    pytest.importorskip("scipy")
+    found = run_examples("operators.md")
+    operator, v = found["F"], found["v"]
+    assert_close(torch.from_numpy(found["solution"]), operator.inverse() @ v, 1e-6)
