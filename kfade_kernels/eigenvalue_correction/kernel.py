@@ -76,6 +76,7 @@ def squares_kernel(
     Packed: it has rows `cu_seqlens[b] … cu_seqlens[b + 1]` of both. The mask has one entry a summed row.
     `ALIGNED`: strides are given in pieces of 16 bytes, so that the compiler sees that they are whole ones.
     """
+    OUT_STEP: tl.constexpr = 16 // (out.dtype.element_ty.primitive_bitwidth // 8)
     A_STEP: tl.constexpr = 16 // (left.dtype.element_ty.primitive_bitwidth // 8)
     B_STEP: tl.constexpr = 16 // (right.dtype.element_ty.primitive_bitwidth // 8)
     WIDEN: tl.constexpr = left.dtype.element_ty != right.dtype.element_ty
@@ -88,6 +89,8 @@ def squares_kernel(
     if ALIGNED:
         left_stride *= A_STEP
         left_batch *= A_STEP
+        out_split *= OUT_STEP
+        out_stride *= OUT_STEP
         right_stride *= B_STEP
         right_batch *= B_STEP
         columns = columns // B_STEP * B_STEP

@@ -108,14 +108,15 @@ def add_squares(lam: Tensor, s: Squares) -> None:
     rows, columns = lam.shape
     if not (s.batch and s.inner):
         return
-    c = configure(s.left, s.right, s.aligned)
+    is_aligned = s.aligned and _aligned(lam)
+    c = configure(s.left, s.right, is_aligned)
     device = of_tensors(lam.device)
     tiles = -(-rows // c.block_m) * -(-columns // c.block_n)
     inner = s.inner if s.cu_seqlens is None else -(-s.inner // s.batch)
     splits = splits_of(tiles, s.batch, inner, c, device, max(s.left.element_size(), s.right.element_size()))
     out = lam if splits == 1 else torch.empty(splits, rows, columns, dtype=torch.float32, device=lam.device)
     packed = s.cu_seqlens is not None
-    a_step, b_step = (16 // x.element_size() if s.aligned else 1 for x in (s.left, s.right))
+    a_step, b_step, out_step = (16 // x.element_size() if is_aligned else 1 for x in (s.left, s.right, lam))
     # Arguments that a variant does not read still have a type.
     mask = s.left.new_empty(0, dtype=torch.uint8) if s.mask is None else s.mask
     cu_seqlens = s.left.new_empty(0, dtype=torch.int64) if s.cu_seqlens is None else s.cu_seqlens.to(torch.int64)
@@ -124,9 +125,9 @@ def add_squares(lam: Tensor, s: Squares) -> None:
         cu_seqlens=cu_seqlens, batch=s.batch, inner=s.inner, rows=rows, columns=columns,
         left_batch=0 if packed else s.left.stride(0) // a_step, left_stride=s.left.stride(-2) // a_step,
         right_batch=0 if packed else s.right.stride(0) // b_step, right_stride=s.right.stride(-2) // b_step,
-        out_split=out.stride(0) if splits > 1 else 0, out_stride=out.stride(-2),
+        out_split=out.stride(0) // out_step if splits > 1 else 0, out_stride=out.stride(-2) // out_step,
         batches_a_split=-(-s.batch // splits), ADD=splits == 1, PACKED=packed, A_T=s.a_t,
-        MASKED=s.mask is not None, ALIGNED=s.aligned, PRECISION=c.precision, BM=c.block_m, BN=c.block_n, BK=c.block_k,
+        MASKED=s.mask is not None, ALIGNED=is_aligned, PRECISION=c.precision, BM=c.block_m, BN=c.block_n, BK=c.block_k,
         GROUP=c.group,
     )  # fmt: skip
     if splits > 1:
@@ -235,7 +236,7 @@ def configuration(
     batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tokens = -(-g.shape[:-1].numel() // max(1, batch))
     sides = describe_sides(lam, tokens, q_out, q_in)
-    c = configure(g, a, _aligned(g) and _aligned(a))
+    c = configure(g, a, all(_aligned(x) for x in (lam, g, a)))
     tiles = -(-lam.shape[0] // c.block_m) * -(-lam.shape[1] // c.block_n)
     splits = splits_of(tiles, batch, tokens, c, of_tensors(lam.device), max(g.element_size(), a.element_size()))
     parts = [f"sequences in {splits} parts"] if splits > 1 else []

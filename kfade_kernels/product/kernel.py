@@ -82,6 +82,7 @@ def product_kernel(
     programs = tl.num_programs(0)
     A_STEP: tl.constexpr = 16 // (A_TYPE.primitive_bitwidth // 8)
     B_STEP: tl.constexpr = 16 // (B_TYPE.primitive_bitwidth // 8)
+    C_STEP: tl.constexpr = 16 // (C_TYPE.primitive_bitwidth // 8)
     WIDEN: tl.constexpr = A_TYPE != B_TYPE
     start = tl.zeros((), tl.int64)
     for p in range(problems):
@@ -116,8 +117,13 @@ def product_kernel(
                     inner = tl.multiple_of(inner, A_STEP)
                 if B_T:
                     inner = tl.multiple_of(inner, B_STEP)
-                else:
-                    columns = tl.multiple_of(columns, B_STEP)
+                c = tl.multiple_of(c, 16)
+                c_stride = tl.multiple_of(c_stride, C_STEP)
+                first = tl.multiple_of(first, 16)
+                second = tl.multiple_of(second, 16)
+                if FINISH == "divide by a matrix":
+                    e_stride = tl.multiple_of(e_stride, 4)
+                columns = tl.multiple_of(columns, C_STEP if B_T else B_STEP)
             tiles_m = tl.cdiv(rows, BM)
             tiles_n = tl.cdiv(columns, BN)
             for work in range(first_item, end, programs):

@@ -56,9 +56,12 @@ class Product:
 
     @property
     def aligned(self) -> bool:
-        """Whether both operands are made of whole 16-byte pieces."""
-        operands = [self.a, self.b] + ([self.low] if self.low is not None else [])
-        return all(support.aligned(x if _is_row_major(x) else x.T) for x in operands)
+        """Whether what is stored together, of operands, result and divisor, begins and ends on 16 bytes."""
+        matrices = [self.a, self.b, self.c] + [x for x in (self.low, self.first) if x is not None and x.ndim == 2]
+        vectors = [x for x in (self.first, self.second) if x is not None and x.ndim == 1]
+        return all(support.aligned(x if _is_row_major(x) else x.T) for x in matrices) and all(
+            x.data_ptr() % 16 == 0 for x in vectors
+        )
 
 
 def _is_row_major(x: Tensor) -> bool:

@@ -74,8 +74,9 @@ def syrk_(
         alpha: scale of the whole update.
         ones_column: x is `[..., n - 1]` and stands for x with one last column of ones (the input
             column of a bias); the widened copy is never made.
-        allow_tf32: products of float32 rows may round their operands to TF32 (11 significant bits, about
-            3e-4 relative) where the device has it. Never done unless asked for here.
+        allow_tf32: products of float32 rows may use TF32 operands (11 significant bits) where the device has
+            them: about 7e-4 relative, and a trace too small by as much where operands are cut, not rounded. Never
+            done unless asked for here.
 
     Returns:
         `acc`.

@@ -45,6 +45,7 @@ def syrk_kernel(
     MASKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -79,6 +80,10 @@ def syrk_kernel(
                 x = tl.multiple_of(x, 16)
                 stride = tl.multiple_of(stride, STEP)
                 width = tl.multiple_of(width, STEP)
+            # Rows of the triangle begin on 16 bytes: it is then read and written four elements at a time.
+            if WHOLE:
+                packed = tl.multiple_of(packed, 16)
+                order = tl.multiple_of(order, 4)
             if DESCRIPTORS:
                 left_tiles = tl.make_tensor_descriptor(x, [rows, width], [stride, 1], [BK, BM])
                 right_tiles = tl.make_tensor_descriptor(x, [rows, width], [stride, 1], [BK, BN])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -51,6 +52,11 @@ class Problem:
     def width(self) -> int:
         return self.x.shape[1]
 
+    @property
+    def whole(self) -> bool:
+        """Whether every row of the triangle begins on 16 bytes; only of interest where those of x do."""
+        return support.aligned(self.x) and self.order % 4 == 0 and self.packed.data_ptr() % 16 == 0
+
 
 def problem(packed: Tensor, order: int, x: Tensor, mask: Tensor | None, ones_column: bool) -> Problem:
     return Problem(packed, order, support.rows_of(x), support.as_bytes(mask), ones_column)
@@ -73,9 +79,9 @@ def rounds(problems: Sequence[Problem]) -> Iterator[list[Problem]]:
 
 def alike(problems: Sequence[Problem]) -> list[list[Problem]]:
     """Problems that one launch serves: same device, dtype, alignment and masking."""
-    groups: dict[tuple[torch.device, torch.dtype, bool, bool], list[Problem]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, bool, bool, bool], list[Problem]] = {}
     for p in problems:
-        groups.setdefault((p.x.device, p.x.dtype, support.aligned(p.x), p.mask is not None), []).append(p)
+        groups.setdefault((p.x.device, p.x.dtype, support.aligned(p.x), p.whole, p.mask is not None), []).append(p)
     return list(groups.values())
 
 
@@ -154,7 +160,8 @@ def _launch(problems: list[Problem], alpha: float, c: Configuration) -> None:
         support.launch(
             syrk_kernel, support.grid(table.work, c, device), c, where, **common, **shape, DTYPE=dtype,
             MASKED=problems[0].mask is not None, ALIGNED=support.aligned(problems[0].x), DESCRIPTORS=c.descriptors,
-            PRECISION=c.precision, BK=c.block_k, FLUSH=max(c.block_k, c.flush // c.block_k * c.block_k),
+            WHOLE=problems[0].whole, PRECISION=c.precision, BK=c.block_k,
+            FLUSH=max(c.block_k, c.flush // c.block_k * c.block_k),
         )  # fmt: skip
     if split_tiles:
         strip = min(REDUCE_ROWS, c.block_m)
@@ -229,14 +236,18 @@ def variants(device: Device) -> list[support.Variant]:
     for dtype, shipped in support.shipped_configurations("syrk", device):
         tensor_cores = device.architecture.startswith("sm_") and dtype == torch.float32
         for precision in (shipped.precision, *(("tf32",) if tensor_cores else ())):
-            for masked, is_aligned in ((False, True), (True, True), (False, False), (True, False)):
+            for masked, is_aligned, whole in product((False, True), (True, False), (True, False)):
+                if whole and not is_aligned:
+                    continue
                 c = adapt(replace(shipped, precision=precision), device, is_aligned, masked)
                 shape = {"BM": c.block_m, "BN": c.block_n, "GROUP": c.group, "FIELDS": FIELDS, "PANEL": PANEL_ROWS}
                 loads = "descriptors" if c.descriptors else "pointers" if is_aligned else "any rows"
+                order = "" if whole else ", any order"
                 one = support.Variant(
-                    f"syrk {support.short(dtype)} {loads}{' masked' if masked else ''}", syrk_kernel, pointers,
+                    f"syrk {support.short(dtype)} {loads}{' masked' if masked else ''}{order}", syrk_kernel, pointers,
                     {**shape, "DTYPE": support.triton_type(dtype), "MASKED": masked, "ALIGNED": is_aligned,
-                     "DESCRIPTORS": c.descriptors, "PRECISION": c.precision, "BK": c.block_k, "FLUSH": c.flush},
+                     "DESCRIPTORS": c.descriptors, "WHOLE": whole, "PRECISION": c.precision, "BK": c.block_k,
+                     "FLUSH": c.flush},
                     c, itemsizes=(dtype.itemsize, dtype.itemsize), pipelined=is_aligned,
                 )  # fmt: skip
                 found[one.name, c] = one
