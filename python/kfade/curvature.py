@@ -105,9 +105,9 @@ class LayerCurvature:
     def mean_eigenvalue(self) -> float:
         """Mean of Λ: the unit of relative damping."""
         if self.lambda_sum is not None:
-            return float(self.lambda_sum.double().mean()) / max(1, self.losses)
+            return float(self.lambda_sum.mean(dtype=torch.float64)) / max(1, self.losses)
         if self.lambda_out is not None and self.lambda_in is not None:
-            return float(self.lambda_out.double().mean() * self.lambda_in.double().mean())
+            return float(self.lambda_out.mean(dtype=torch.float64) * self.lambda_in.mean(dtype=torch.float64))
         return 1.0
 
     def damping(self, value: float, kind: str) -> float:

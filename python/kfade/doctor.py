@@ -61,44 +61,51 @@ def _devices() -> list[str]:
     )
 
 
-def _calls(rows: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments of a small call of each operation; state is float32 whatever the rows are."""
-    n, m, tokens, vocabulary = 96, 64, 40, 128
-    a, g = torch.zeros(2, tokens, n, dtype=rows), torch.zeros(2, tokens, m, dtype=rows)
-    lam = torch.zeros(m, n)
-    acc_a, acc_s = kk.PackedSymmetric(n), kk.PackedSymmetric(m)
-    q_out, q_in = torch.eye(m), torch.eye(n)
-    hidden, weight = torch.zeros(tokens, n, dtype=rows), torch.zeros(vocabulary, n, dtype=rows)
-    return {
-        "syrk_": ((acc_a, a), {}),
-        "accumulate_factors_": ((acc_a, acc_s, a, g), {}),
-        "apply_update_": (([torch.zeros(m, n, dtype=rows)], [torch.zeros(m, n)]), {}),
-        "eigenvalue_correction_": ((lam, g, a, q_out, q_in), {}),
-        "kron_solve": ((torch.zeros(m, n, dtype=rows), q_out, q_in, lam, 0.1), {}),
-        "rotate": ((a, q_in), {}),
-        "sampled_cross_entropy": ((hidden, torch.zeros(tokens)), {"weight": weight}),
-    }
+def _calls(rows: torch.dtype, device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments of a call of each operation, of SmolLM2's widths; state is float32 whatever the rows are."""
+    n, m, tokens, vocabulary = 576, 1536, 64, 8192
+    with torch.device(device):
+        a, g = torch.zeros(2, tokens, n, dtype=rows), torch.zeros(2, tokens, m, dtype=rows)
+        lam = torch.zeros(m, n)
+        acc_a, acc_s = kk.PackedSymmetric(n), kk.PackedSymmetric(m)
+        q_out, q_in = torch.eye(m), torch.eye(n)
+        hidden, weight = torch.zeros(tokens, n, dtype=rows), torch.zeros(vocabulary, n, dtype=rows)
+        # As a fit draws labels on either kind of device.
+        draw = {"uniform": torch.zeros(tokens)} if device == "cpu" else {"keys": torch.zeros(tokens, dtype=torch.int64)}
+        return {
+            "syrk_": ((acc_a, a), {}),
+            "accumulate_factors_": ((acc_a, acc_s, a, g), {}),
+            "apply_update_": (([torch.zeros(m, n, dtype=rows)], [torch.zeros(m, n)]), {}),
+            "eigenvalue_correction_": ((lam, g, a, q_out, q_in), {}),
+            "kron_solve": ((torch.zeros(m, n, dtype=rows), q_out, q_in, lam, 0.1), {}),
+            "rotate": ((a, q_in), {}),
+            "sampled_cross_entropy": ((hidden,), {"weight": weight, **draw}),
+        }
 
 
-def collect() -> dict[str, Any]:
-    """Everything that `kfade doctor` shows, as plain JSON values."""
-    operations = []
+def _operations(device: str) -> list[dict[str, Any]]:
+    """What `explain` says of each operation on a device."""
+    found = []
     for dtype in (torch.float32, torch.bfloat16):
-        calls = _calls(dtype)
-        for name in kk.operations():
-            if name not in calls:
-                continue
-            args, kwargs = calls[name]
+        for name, (args, kwargs) in _calls(dtype, device).items():
             answer = kk.explain(name, *args, **kwargs)
-            operations.append(
+            found.append(
                 {
                     "operation": name,
+                    "device": device,
                     "rows": str(dtype).removeprefix("torch."),
                     "backend": answer.backend,
                     "configuration": answer.configuration,
                     "refused": [{"backend": backend, "reason": reason} for backend, reason in answer.refused],
                 }
             )
+    return found
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `kfade doctor` shows, as plain JSON values."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    operations = [entry for device in devices for entry in _operations(device)]
     seen = verdicts()
     return {
         "kfade": __version__,
@@ -133,6 +140,7 @@ def tables(values: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     kernels = [
         [
             entry["operation"],
+            entry["device"],
             entry["rows"],
             entry["backend"],
             entry["configuration"] or "–",
@@ -143,7 +151,7 @@ def tables(values: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     return [
         ("Machine", ["", ""], machine),
         ("Packages", ["package", "version"], packages),
-        ("Kernels", ["operation", "rows", "backend", "configuration", "why"], kernels),
+        ("Kernels", ["operation", "device", "rows", "backend", "configuration", "why"], kernels),
         (
             "Triton kernels seen correct on a GPU",
             ["operation", "architecture", "Triton", "date"],
