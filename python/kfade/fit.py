@@ -121,6 +121,7 @@ def _fit_layers(
     config: FitConfig,
     progress: Progress,
     suffix: str,
+    decomposes: bool,
 ) -> dict[str, LayerCurvature]:
     states = {
         layer.name: LayerCurvature(layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group)
@@ -145,6 +146,8 @@ def _fit_layers(
 
             run_fisher(head, layers, batches, config, factors, next_sample)
         factors.finish()
+        if not decomposes:
+            return states
         with progress.stage(
             f"eigendecomposition{suffix}", len(layers) + sum(x.leads for x in layers), "factor"
         ) as stage:
@@ -169,6 +172,24 @@ def _fit_layers(
 
             run_fisher(head, layers, batches, config, correction, after)
     return states
+
+
+def _fit_states(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], config: FitConfig, progress: Progress, decomposes: bool
+) -> dict[str, LayerCurvature]:
+    """What `fit` and `fit_factors` share."""
+    layers = select(model, config.modules)
+    checked = check_batches(batches, device_of(model))
+    tracked = {module for layer in layers for module in layer.modules}
+    states: dict[str, LayerCurvature] = {}
+    with deterministic_mode(model), frozen(model), graph_from_embeddings(model):
+        head = Head(model, checked[0], tracked, config.autocast)
+        layers = trace(head, layers, checked[0])
+        passes = _passes(layers, config.layers_per_pass)
+        for number, part in enumerate(passes, 1):
+            suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
+            states.update(_fit_layers(model, head, part, checked, config, progress, suffix, decomposes))
+    return {layer.name: states[layer.name] for layer in layers}
 
 
 def fit(
@@ -197,20 +218,20 @@ def fit(
         NonFiniteError: a batch gives a NaN or an infinity; it is named.
     """
     config = config or FitConfig()
-    progress = progress or Progress()
-    layers = select(model, config.modules)
-    checked = check_batches(batches, device_of(model))
-    tracked = {module for layer in layers for module in layer.modules}
-    states: dict[str, LayerCurvature] = {}
-    with deterministic_mode(model), frozen(model), graph_from_embeddings(model):
-        head = Head(model, checked[0], tracked, config.autocast)
-        layers = trace(head, layers, checked[0])
-        passes = _passes(layers, config.layers_per_pass)
-        for number, part in enumerate(passes, 1):
-            suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
-            states.update(_fit_layers(model, head, part, checked, config, progress, suffix))
-    ordered = {layer.name: states[layer.name] for layer in layers}
-    return Curvature(replace(config), model_id(model), ordered)
+    states = _fit_states(model, batches, config, progress or Progress(), decomposes=True)
+    return Curvature(replace(config), model_id(model), states)
+
+
+def fit_factors(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], config: FitConfig, progress: Progress
+) -> dict[str, LayerCurvature]:
+    """The factors A and S alone, by layer name, for other libraries: the states have no eigenvectors to solve with.
+
+    Arguments and errors are those of `fit`; `config.curvature` must be `kfac`.
+    """
+    if config.curvature != "kfac":
+        raise ValueError(f"config.curvature is {config.curvature!r}; it must be 'kfac'")
+    return _fit_states(model, batches, config, progress, decomposes=False)
 
 
 def sampled_labels(

@@ -18,7 +18,7 @@ import kfade
 from kfade import CurvatureOperator
 from kfade.integrations import UnsupportedPeerError
 from kfade.integrations import curvlinops as integration
-from kfade.integrations.curvlinops import set_factors_
+from kfade.integrations.curvlinops import collect_factors_, set_factors_
 
 TOLERANCE = 1e-9
 KINDS = ["identity", "diagonal", "kfac", "ekfac"]
@@ -302,6 +302,10 @@ def test_curvlinops_operator_is_the_one_that_it_would_make(samples: int, separat
     set_factors_(given, curvature, model)
     x = torch.randn(given.shape[0], 2, dtype=torch.float64)
     assert_close(given @ x, theirs @ x, TOLERANCE)
+    set_factors = given._input_covariances
+    collect_factors_(given, model, batches)
+    assert given._input_covariances is not set_factors
+    assert_close(given @ x, theirs @ x, TOLERANCE)
     for name in ("trace", "frobenius_norm"):
         assert_close(getattr(given, name), getattr(theirs, name), TOLERANCE, name)
     from curvlinops import KFACInverseLinearOperator
@@ -365,6 +369,7 @@ def test_operators_that_mean_something_else_are_refused() -> None:
     mean = their_operator(model, ["gate"], [one], loss_func=nn.CrossEntropyLoss())
     squares = their_operator(model, ["gate"], [one], loss_func=nn.MSELoss())
     drawn = their_operator(model, ["gate"], [one], fisher_type="mc")
+    exact = their_operator(model, ["gate"], [one], fisher_type="type-2")
     reduced = their_operator(model, ["gate"], [one], kfac_approx="reduce")
     other = their_operator(model, ["up"], [one])
     assert issubclass(curvlinops.EKFACLinearOperator, curvlinops.KFACLinearOperator)
@@ -377,13 +382,22 @@ def test_operators_that_mean_something_else_are_refused() -> None:
         (gate, diagonal, model, ValueError, "curvature is 'diagonal'; it must be 'kfac' or 'ekfac' to have factors"),
         (mean, curvature, model, ValueError, "reduction 'mean'; it must be 'sum'"),
         (squares, curvature, model, ValueError, "it must be a CrossEntropyLoss"),
-        (drawn, curvature, model, ValueError, "they must be 'mc' and 'sampled', or 'empirical' and 'empirical'"),
+        (drawn, curvature, model, ValueError, "operator has the sampled Fisher and the curvature the empirical one"),
+        (exact, curvature, model, ValueError, "operator has fisher_type 'type-2'; it must be one of mc, empirical"),
         (reduced, curvature, model, ValueError, "kfac_approx 'reduce'; it must be 'expand'"),
-        (other, curvature, model, ValueError, "operator has the layer model.up, which is none of the curvature's"),
-        (gate, curvature, nn.Linear(2, 2), ValueError, r"model lacks the layers \['gate'\]"),
+        (other, curvature, model, ValueError, r"operator has the layers \['up'\], which the curvature lacks"),
+        (gate, curvature, nn.Linear(2, 2), ValueError, "operator has the layer model.gate, which is not in model"),
     ]:
         with pytest.raises(error, match=message):
             set_factors_(operator, fit, whose)
+
+
+def test_layers_with_one_weight_are_refused_by_collecting() -> None:
+    """curvlinops itself gives each of them the whole product."""
+    model, one = hand_made("tied"), batch("none")
+    operator = their_operator(model, ["first"], [one])
+    with pytest.raises(ValueError, match=r"operator has the layers \['second'\], whose weight is that of an earlier"):
+        collect_factors_(operator, model, [one])
 
 
 # ------------------------------------------------------------------------------------------- bad input

@@ -1,13 +1,18 @@
-"""curvlinops' K-FAC operator with factors from a kfade fit, so that it need not collect its own."""
+"""curvlinops' K-FAC operator with factors that kfade collected, so that it need not collect its own."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..config import FitConfig
 from ..curvature import Curvature, LayerCurvature
+from ..fit import fit_factors
+from ..progress import Progress
 from . import UnsupportedPeerError
 
 PACKAGE = "curvlinops-for-pytorch"
@@ -16,7 +21,7 @@ SUPPORTED_VERSIONS = ("3.0.1",)
 _NEEDED = (
     "_input_covariances", "_gradient_covariances", "_mapping", "_model_func", "_params", "_loss_func", "_N_data",
     "_num_per_example_loss_terms", "_separate_weight_and_bias", "_kfac_approx", "_fisher_type",
-    "_reset_matrix_properties",
+    "_mc_samples", "_reset_matrix_properties",
 )  # fmt: skip
 _FISHERS = {"mc": "sampled", "empirical": "empirical"}
 
@@ -41,8 +46,8 @@ def _check_operator(operator: object) -> None:
         raise UnsupportedPeerError(f"the KFACLinearOperator of {PACKAGE} {found} has no {', '.join(missing)}")
 
 
-def _check_options(operator: Any, curvature: Curvature) -> None:
-    """Raise unless both mean the same matrix."""
+def _fisher_of(operator: Any) -> str:
+    """What kfade calls the operator's Fisher; raises where the operator's options mean another matrix than ours."""
     if operator._kfac_approx != "expand":
         raise ValueError(f"operator has kfac_approx {operator._kfac_approx!r}; it must be 'expand'")
     if not isinstance(operator._loss_func, nn.CrossEntropyLoss):
@@ -52,12 +57,80 @@ def _check_options(operator: Any, curvature: Curvature) -> None:
             f"operator has a loss_func with reduction {operator._loss_func.reduction!r}; it must be 'sum' (with ignored"
             " labels curvlinops' mean depends on how sequences are batched)"
         )
-    fisher = _FISHERS.get(str(getattr(operator._fisher_type, "value", operator._fisher_type)))
-    if fisher != curvature.config.fisher:
+    fisher = str(getattr(operator._fisher_type, "value", operator._fisher_type))
+    if fisher not in _FISHERS:
+        raise ValueError(f"operator has fisher_type {fisher!r}; it must be one of {', '.join(_FISHERS)}")
+    return _FISHERS[fisher]
+
+
+def _layer_names(operator: Any, model: nn.Module) -> dict[str, str]:
+    """For each of the operator's layers its name in `model`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for theirs in operator._mapping:
+        module = operator._model_func.get_submodule(theirs)
+        if id(module) not in names:
+            raise ValueError(f"operator has the layer {theirs}, which is not in model; its model_func must call model")
+        found[theirs] = names[id(module)]
+    return found
+
+
+def _set_factors(operator: Any, states: Mapping[str, LayerCurvature], names: Mapping[str, str], samples: int) -> None:
+    """Put the factors of `states` where the operator keeps its own."""
+    operator._input_covariances, operator._gradient_covariances = {}, {}
+    operator._reset_matrix_properties()
+    positions = operator._N_data * operator._num_per_example_loss_terms
+    for name, where in operator._mapping.items():
+        state = states[names[name]]
+        like = operator._params[next(iter(where.values()))]
+        assert state.a_sum is not None and state.s_sum is not None
+        operator._gradient_covariances[name] = (state.s_sum.to_dense() / samples).to(like)
+        if "weight" in where:
+            joint = "bias" in where and not operator._separate_weight_and_bias
+            order = state.width_in if joint else state.d_in
+            a = state.a_sum.to_dense()[:order, :order] / positions
+            operator._input_covariances[name] = a.to(like)
+
+
+def collect_factors_(
+    operator: Any,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    seed: int = 0,
+    autocast: str = "off",
+    progress: Progress | None = None,
+) -> None:
+    """Collect the factors of a `curvlinops.KFACLinearOperator` by kfade, in one pass, and give them to it.
+
+    The operator's layers, its Fisher and its number of label samples are those of the operator; what is said about its
+    normalisation and how to build it under `set_factors_` holds here too. No factor is decomposed.
+
+    Args:
+        operator: changed in place.
+        model: a causal language model, as `kfade.fit` takes it; `model_func` of the operator is it, or calls it.
+        batches: as `kfade.fit` takes them: the data of the operator, with labels that are aligned with the tokens.
+        seed: of sampled labels.
+        autocast: as in `FitConfig`.
+        progress: where to show progress and record costs.
+
+    Raises:
+        UnsupportedPeerError, TypeError: as `set_factors_`.
+        ValueError: options that mean another matrix, or an operator of another model; and as `kfade.fit`.
+        UnsupportedLayerError, NonFiniteError: as `kfade.fit`.
+    """
+    _check_operator(operator)
+    fisher, names = _fisher_of(operator), _layer_names(operator, model)
+    modules = "^(" + "|".join(re.escape(name) for name in names.values()) + ")$"
+    config = FitConfig("kfac", fisher, modules, operator._mc_samples, seed, autocast=autocast)
+    states = fit_factors(model, batches, config, progress or Progress())
+    absent = sorted(set(names.values()) - set(states))
+    if absent:
         raise ValueError(
-            f"operator has fisher_type {str(operator._fisher_type)!r} and the curvature was fitted with fisher"
-            f" {curvature.config.fisher!r}; they must be 'mc' and 'sampled', or 'empirical' and 'empirical'"
+            f"operator has the layers {absent}, whose weight is that of an earlier layer (tied); it must"
+            " have each weight once"
         )
+    _set_factors(operator, states, names, operator._mc_samples)
 
 
 def set_factors_(operator: Any, curvature: Curvature, model: nn.Module) -> None:
@@ -84,28 +157,13 @@ def set_factors_(operator: Any, curvature: Curvature, model: nn.Module) -> None:
         raise TypeError(f"curvature is a {type(curvature).__name__}; it must be a Curvature")
     if curvature.config.curvature not in ("kfac", "ekfac"):
         raise ValueError(f"curvature is {curvature.config.curvature!r}; it must be 'kfac' or 'ekfac' to have factors")
-    _check_options(operator, curvature)
-    modules = dict(model.named_modules())
-    absent = sorted(set(curvature) - set(modules))
+    fisher, names = _fisher_of(operator), _layer_names(operator, model)
+    if fisher != curvature.config.fisher:
+        raise ValueError(
+            f"operator has the {fisher} Fisher and the curvature the {curvature.config.fisher} one;"
+            " they must be the same"
+        )
+    absent = sorted(set(names.values()) - set(curvature))
     if absent:
-        raise ValueError(f"model lacks the layers {absent[:4]} of the curvature; it must be the model that was fitted")
-    fitted = {id(modules[name]): state for name, state in curvature.items()}
-    states: dict[str, LayerCurvature] = {}
-    for name in operator._mapping:
-        module = operator._model_func.get_submodule(name)
-        if id(module) not in fitted:
-            raise ValueError(f"operator has the layer {name}, which is none of the curvature's: {sorted(curvature)}")
-        states[name] = fitted[id(module)]
-    operator._input_covariances, operator._gradient_covariances = {}, {}
-    operator._reset_matrix_properties()
-    positions = operator._N_data * operator._num_per_example_loss_terms
-    for name, state in states.items():
-        where = operator._mapping[name]
-        like = operator._params[next(iter(where.values()))]
-        assert state.a_sum is not None and state.s_sum is not None
-        operator._gradient_covariances[name] = (state.s_sum.to_dense() / curvature.config.samples).to(like)
-        if "weight" in where:
-            joint = "bias" in where and not operator._separate_weight_and_bias
-            order = state.width_in if joint else state.d_in
-            a = state.a_sum.to_dense()[:order, :order] / positions
-            operator._input_covariances[name] = a.to(like)
+        raise ValueError(f"operator has the layers {absent}, which the curvature lacks; it has {sorted(curvature)}")
+    _set_factors(operator, curvature, names, curvature.config.samples)
