@@ -132,6 +132,17 @@ def test_no_per_sequence_gradient_is_kept(monkeypatch: pytest.MonkeyPatch, numbe
     assert sizes.largest < sequences * d_out * d_in / 4
 
 
+@pytest.mark.parametrize("curvature", ["identity", "diagonal", "kfac", "ekfac"])
+def test_queries_are_solved_from_their_rows(curvature: str) -> None:
+    """With so few rows that the solve rotates them, with many, with one and with none."""
+    model = tiny("gpt2")
+    fitted = kfade.fit(model, training("right"), kfade.FitConfig(curvature=curvature, modules="h.1.mlp.c_fc"))
+    (layer,) = fitted.values()
+    rows = [(torch.randn(n, layer.d_out).double(), torch.randn(n, layer.width_in).double()) for n in (2, 50, 1, 0)]
+    for solution, (g, a) in zip(module.solve_rows(layer, rows, 0.3), rows, strict=True):
+        assert_close(solution, layer.solve(g.T @ a, 0.3), TOLERANCE)
+
+
 def test_batches_and_groups_change_nothing() -> None:
     model = tiny("llama")
     curvature = kfade.fit(model, training("right"), kfade.FitConfig())

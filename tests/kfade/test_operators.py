@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import kfade
 from kfade import CurvatureOperator
+from kfade.fit import fit_factors
 from kfade.integrations import UnsupportedPeerError
 from kfade.integrations import curvlinops as integration
 from kfade.integrations.curvlinops import collect_factors_, set_factors_
@@ -390,6 +391,18 @@ def test_operators_that_mean_something_else_are_refused() -> None:
     ]:
         with pytest.raises(error, match=message):
             set_factors_(operator, fit, whose)
+
+
+def test_factors_alone_are_those_of_a_fit() -> None:
+    model, one = hand_made(), batch("right")
+    config = kfade.FitConfig(curvature="kfac", modules="gate|up")
+    alone, fitted = fit_factors(model, [one], config, kfade.Progress()), kfade.fit(model, [one], config)
+    for name, state in fitted.items():
+        assert torch.equal(alone[name].input_factor(), state.input_factor())
+        assert torch.equal(alone[name].output_factor(), state.output_factor())
+        assert alone[name].q_in is None
+    with pytest.raises(ValueError, match=r"config\.curvature is 'ekfac'; it must be 'kfac'"):
+        fit_factors(model, [one], kfade.FitConfig(), kfade.Progress())
 
 
 def test_layers_with_one_weight_are_refused_by_collecting() -> None:
