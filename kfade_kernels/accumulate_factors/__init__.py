@@ -82,6 +82,7 @@ _accumulate = declare(
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
         Backend("reference", reference.run),
     ],
+    labels={"packed": "acc_a and acc_s", "rows": "a and g"},
 )
 
 

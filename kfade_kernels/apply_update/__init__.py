@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments as check
-from ..dispatch import Backend, declare
+from ..dispatch import Backend, declare, refuse_gradients
 from . import pytorch, reference, triton
 
 _ANY_NDIM = range(64)
@@ -66,7 +66,6 @@ _apply = declare(
 )
 
 
-@torch.no_grad()
 def apply_update_(
     weights: Sequence[Tensor],
     deltas: Sequence[Tensor],
@@ -95,11 +94,15 @@ def apply_update_(
 
     Raises:
         TypeError: an argument is not of its type or dtype.
-        ValueError: lengths, shapes or devices do not agree, `scale` is not finite, or weights overlap;
-            nothing is changed then.
+        ValueError: lengths, shapes or devices do not agree, `scale` is not finite, weights overlap, or a
+            delta or gradient requires a gradient; nothing is changed then.
 
     Cost: every weight is read and written once, every delta and gradient read once (on a CPU the two numbers
     take about four times as long as a float32 addition).
     """
-    result: Tensor = _apply(*_prepare(weights, deltas, scale, gradients))
+    arguments = _prepare(weights, deltas, scale, gradients)
+    if torch.is_grad_enabled():
+        refuse_gradients("apply_update_", {"deltas": arguments[1], "gradients": arguments[3]})
+    with torch.no_grad():
+        result: Tensor = _apply(*arguments)
     return result

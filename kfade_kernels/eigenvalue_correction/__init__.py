@@ -118,7 +118,8 @@ def eigenvalue_correction_(
 
     Raises:
         TypeError: an argument is not of its type or dtype.
-        ValueError: shapes, devices or layouts do not agree.
+        ValueError: shapes, devices or layouts do not agree, or a tensor requires a gradient while gradients are
+            recorded.
 
     Cost a sequence: `2·T·d_out·d_in` FLOPs for the product, and for each side the cheaper of rotating
     its tokens and rotating the gradient. Nothing of size `B·d_out·d_in` is allocated.

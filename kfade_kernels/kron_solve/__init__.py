@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments as check
-from ..dispatch import Backend, declare
+from ..dispatch import Backend, Derivative, declare
 from . import pytorch, reference, triton
 
 RightHandSide = Tensor | tuple[Tensor, Tensor]
@@ -83,6 +83,36 @@ def _fake(v: list[Tensor], a: list[Tensor | None], q_out: list[Tensor], q_in: li
     ]
 
 
+def _save(ctx: Any, arguments: Sequence[Any], _result: Any) -> None:
+    v, a, *bases, ctx.dampings = arguments
+    ctx.dtypes = [x.dtype for x in v]
+    # A solution is linear in v: only the two factors of a pair are needed again.
+    pairs = [x if y is not None else None for x, y in zip(v, a, strict=True)]
+    ctx.save_for_backward(*(x for column in (pairs, a, *bases) for x in column))
+
+
+def _backward(ctx: Any, needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The operation is symmetric, so the gradient of v is the solution W for the gradient of the result.
+
+    For a pair `v = gᵀ a` that of g is `a Wᵀ`, and that of a is `g W`.
+    """
+    count, saved = len(grads), ctx.saved_tensors
+    g, a, *bases = (saved[start : start + count] for start in range(0, len(saved), count))
+    places = {i: count + k for k, i in enumerate(i for i in range(count) if a[i] is not None)}
+    wanted = [i for i in range(count) if grads[i] is not None and (needs[i] or (i in places and needs[places[i]]))]
+    columns = [[column[i] for i in wanted] for column in (grads, [None] * count, *bases, ctx.dampings)]
+    found: list[Tensor | None] = [None] * len(needs)
+    for i, w in zip(wanted, _solve(*columns), strict=True):
+        if i not in places:
+            found[i] = w.to(ctx.dtypes[i])
+            continue
+        if needs[i]:
+            found[i] = (a[i].to(w.dtype) @ w.T).to(ctx.dtypes[i])
+        if needs[places[i]]:
+            found[places[i]] = (g[i].to(w.dtype) @ w).to(ctx.dtypes[i])
+    return found
+
+
 _solve = declare(
     "kron_solve",
     "(Tensor[] v, Tensor?[] a, Tensor[] q_out, Tensor[] q_in, Tensor[] eigenvalues, Tensor?[] eigenvalues_in,"
@@ -94,6 +124,8 @@ _solve = declare(
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
         Backend("reference", reference.run),
     ],
+    labels={"a": "v", "eigenvalues_in": "eigenvalues"},
+    derivative=Derivative(("v", "a"), _save, _backward),
 )
 
 
@@ -134,7 +166,10 @@ def kron_solve(v: Any, q_out: Any, q_in: Any, eigenvalues: Any, damping: Any) ->
 
     Raises:
         TypeError: an argument is not of its type or dtype.
-        ValueError: shapes, devices or lengths do not agree, or `damping` is negative or not finite.
+        ValueError: shapes, devices or lengths do not agree, `damping` is negative or not finite, or another
+            argument than v requires a gradient.
+
+    Autograd goes through v (both tensors of a pair), as often as you like: the gradient is one more solve.
 
     Cost: `4·d_out·d_in·(d_out + d_in)` FLOPs for each right-hand side; for a pair the first half of that
     becomes `2·N·(d_out² + d_in² + d_out·d_in)` where that is less.

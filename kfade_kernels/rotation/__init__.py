@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import arguments as check
-from ..dispatch import Backend, declare
+from ..dispatch import Backend, Derivative, declare
 from . import pytorch, reference, triton
 from .reference import result_dtype
 
@@ -42,6 +43,18 @@ def _fake(x: Tensor, q: Tensor, ones_column: bool) -> Tensor:
     return torch.empty(*x.shape[:-1], q.shape[-1], dtype=result_dtype(x, q), device=x.device)
 
 
+def _save(ctx: Any, arguments: Sequence[Any], _result: Any) -> None:
+    x, q, _ = arguments
+    ctx.dtype, ctx.width = x.dtype, x.shape[-1]
+    ctx.save_for_backward(q)
+
+
+def _backward(ctx: Any, _needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`grad Qᵀ`, without the row of Q that belongs to the ones."""
+    (grad,), (q,) = grads, ctx.saved_tensors
+    return [None if grad is None else _rotate(grad, q[..., : ctx.width, :].mT, False).to(ctx.dtype)]
+
+
 _rotate = declare(
     "rotate",
     "(Tensor x, Tensor q, bool ones_column) -> Tensor",
@@ -52,6 +65,7 @@ _rotate = declare(
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
         Backend("reference", reference.run),
     ],
+    derivative=Derivative(("x",), _save, _backward),
 )
 
 
@@ -69,7 +83,9 @@ def rotate(x: Tensor, q: Tensor, *, ones_column: bool = False) -> Tensor:
 
     Raises:
         TypeError: an argument is not of its type or dtype.
-        ValueError: shapes or devices do not agree.
+        ValueError: shapes or devices do not agree, or q requires a gradient.
+
+    Autograd goes through x, as often as you like: the gradient is `grad qᵀ`, one more call.
 
     A bfloat16 pair costs two 16-bit products; the part of x along large eigendirections that the
     rounding of the high part lets through is taken back by the low part. Cost: `2·N·n·m` FLOPs, twice that

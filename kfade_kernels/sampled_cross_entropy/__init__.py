@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import arguments as check
-from ..dispatch import Backend, declare
+from ..dispatch import Backend, Derivative, declare
 from . import pytorch, reference, triton
 from .noise import counter_bits, counter_uniform, gumbel_noise
 
@@ -86,6 +87,23 @@ def _fake(
     )
 
 
+def _save(ctx: Any, arguments: Sequence[Any], result: tuple[Tensor, Tensor, Tensor]) -> None:
+    labels, grad, _ = result
+    ctx.mark_non_differentiable(labels, grad)
+    ctx.save_for_backward(grad)
+
+
+def _backward(ctx: Any, _needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The labels being what they are, `nll` has the gradient that the operation returned."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "kfade_kernels.sampled_cross_entropy: a second derivative is asked for; the operation has the first alone:"
+            " leave out create_graph"
+        )
+    (grad,), along = ctx.saved_tensors, grads[2]
+    return [None if along is None else (grad.to(along.dtype) * along.unsqueeze(1)).to(grad.dtype)]
+
+
 _sample = declare(
     "sampled_cross_entropy",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? uniform, Tensor? labels, Tensor? keys, int chunk_rows)"
@@ -97,6 +115,7 @@ _sample = declare(
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
         Backend("reference", reference.run),
     ],
+    derivative=Derivative(("x",), _save, _backward),
 )
 
 
@@ -138,6 +157,9 @@ def sampled_cross_entropy(
 
     Raises:
         TypeError: an argument is not of its type or dtype.
-        ValueError: shapes or devices do not agree, or not exactly one of `uniform`, `labels` and `keys` is given.
+        ValueError: shapes or devices do not agree, not exactly one of `uniform`, `labels` and `keys` is given, or
+            another argument than x requires a gradient.
+
+    Autograd goes once through `nll` to x, with the labels held fixed; to it `labels` and `grad` are constants.
     """
     return CrossEntropy(*_sample(*_prepare(x, uniform, labels, keys, weight=weight, bias=bias, chunk_rows=chunk_rows)))

@@ -51,6 +51,7 @@ _syrk = declare(
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
         Backend("reference", reference.run),
     ],
+    labels={"packed": "acc"},
 )
 
 
@@ -83,7 +84,8 @@ def syrk_(
 
     Raises:
         TypeError: an argument is not of its type or dtype, or float64 rows meet a float32 `acc`.
-        ValueError: shapes, devices or layouts do not agree, or `alpha` is not finite.
+        ValueError: shapes, devices or layouts do not agree, `alpha` is not finite, or a tensor requires a
+            gradient while gradients are recorded.
 
     Cost: `N·n²` FLOPs (half of a full product), no temporary of size n².
     """
