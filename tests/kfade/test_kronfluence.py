@@ -560,6 +560,26 @@ def test_masks_of_other_kinds(kind: str, tmp_path: Path) -> None:
         assert_same_factors(fitted(ours, "covariance"), truth, SUMS)
 
 
+def test_processes_synchronise_plain_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kronfluence reduces over processes before it reads factors is its own kind of tensor."""
+    theirs, ours = pair("llama MLP", tmp_path)
+    truth = fitted(theirs, "covariance")
+    load_factors = covariance.load_factors
+    kinds: set[type] = set()
+
+    def synchronised(model: nn.Module, tracked_module_names: list[str], **arguments: Any) -> Any:
+        covariance.synchronize_modules(model=model, tracked_module_names=tracked_module_names)
+        tracked = [m for m in model.modules() if getattr(m, "name", None) in tracked_module_names]
+        kinds.update(type(m.storage[name]) for m in tracked for name in COVARIANCES)
+        return load_factors(model=model, tracked_module_names=tracked_module_names, **arguments)
+
+    with accelerate():
+        monkeypatch.setattr(covariance, "load_factors", synchronised)
+        factors = fitted(ours, "covariance")
+    assert_same_factors(factors, truth, SUMS)
+    assert kinds == {Tensor, type(None)}  # None once it was read
+
+
 # ---------------------------------------------------------------------------------- what it costs
 
 
