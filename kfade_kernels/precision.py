@@ -9,6 +9,7 @@ effect, and the product is an ordinary float32 one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,19 @@ from torch import Tensor
 
 _mkldnn_matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
 HAS_BF16_OPERANDS = hasattr(_mkldnn_matmul, "fp32_precision")
+
+
+@functools.cache
+def multiplies_bf16(device: str) -> bool:
+    """Whether products of bfloat16 are fast on a kind of device.
+
+    On a CPU that oneDNN does not multiply bfloat16 on (AVX2 alone), PyTorch's own product is a hundred
+    times slower than float32.
+    """
+    if device != "cpu":
+        return True
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(supported is not None and supported())
 
 
 @contextmanager

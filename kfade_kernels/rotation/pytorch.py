@@ -5,16 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import basis
+from ..precision import multiplies_bf16
+from .reference import basis, result_dtype
+
+
+def _as_pair(x: Tensor, q: Tensor) -> bool:
+    """Whether the two parts of a pair are multiplied as they are, and not added up first."""
+    return q.ndim == 3 and x.dtype == torch.bfloat16 and multiplies_bf16(x.device.type)
 
 
 def run(x: Tensor, q: Tensor, ones_column: bool) -> Tensor:
-    if q.ndim == 3 and x.dtype == torch.bfloat16:
+    if _as_pair(x, q):
         return _rotate_pair(x, q, ones_column)
+    dtype = result_dtype(x, q)
     q = basis(q, torch.float32 if q.ndim == 3 else q.dtype)
     rows = q.shape[0] - int(ones_column)
     rotated = x.to(q.dtype) @ q[:rows]
-    return rotated.add_(q[rows]) if ones_column else rotated
+    return (rotated.add_(q[rows]) if ones_column else rotated).to(dtype)
 
 
 def _rotate_pair(x: Tensor, q: Tensor, ones_column: bool) -> Tensor:
@@ -30,9 +37,6 @@ def refuses(x: Tensor, *_: object) -> str | None:
 
 
 def configuration(x: Tensor, q: Tensor, ones_column: bool) -> str:
-    pair = q.ndim == 3 and x.dtype == torch.bfloat16
-    return (
-        "one bfloat16 product of twice the depth"
-        if pair
-        else f"one {torch.float32 if q.ndim == 3 else q.dtype} product"
-    )
+    if _as_pair(x, q):
+        return "one bfloat16 product of twice the depth"
+    return f"one {torch.float32 if q.ndim == 3 else q.dtype} product"

@@ -8,6 +8,7 @@ import kfade_kernels as kk
 import pytest
 import torch
 from kfade_kernels.eigenvalue_correction import pytorch
+from kfade_kernels.rotation import pytorch as rotation
 from oracles import Sizes, assert_as_accurate, assert_close, orthogonal, squared_gradients
 from torch import Tensor
 
@@ -76,8 +77,11 @@ def test_a_pair_is_as_good_as_float32() -> None:
     assert_close(kk.bf16_pair(q).float().sum(0), q, 2.0**-16)
 
 
+@pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("ones", [False, True])
-def test_rotate(ones: bool) -> None:
+def test_rotate(ones: bool, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without fast products of bfloat16, the pair is rounded once."""
+    monkeypatch.setattr(rotation, "multiplies_bf16", lambda _: units)
     x, q = torch.randn(2, 3, 6, dtype=torch.float64), orthogonal(6 + ones)
     widened = torch.cat([x, torch.ones(2, 3, 1, dtype=torch.float64)], -1) if ones else x
     assert_close(kk.rotate(x, q, ones_column=ones), widened @ q, 1e-14)
