@@ -10,7 +10,7 @@ added in order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import triton_support as support
 from ..configurations import Configuration, choose
 from ..devices import Device, of_tensors
-from ..product.triton import Product, multiply, operand
+from ..product.triton import Product, adapt, multiply, operand
 from ..rotation import rotate, rotates_tokens
 from ..rotation.reference import basis
 from ..syrk.reference import append_ones
@@ -31,7 +31,6 @@ GRADIENT_BYTES = 256 << 20
 # Parts of Λ that exist at once where sequences are split.
 WORKSPACE_BYTES = 256 << 20
 SMALLEST_WIDTH = 64
-ANY_ROWS = Configuration(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,6 @@ def _aligned(x: Tensor) -> bool:
     """Whether every row of every sequence begins and ends on 16 bytes."""
     step = 16 // x.element_size()
     return x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in (*x.stride()[:-1], x.shape[-1]))
-
-
-def adapt(found: Configuration, is_aligned: bool) -> Configuration:
-    return found if is_aligned else replace(ANY_ROWS, precision=found.precision, group=found.group)
 
 
 def configure(left: Tensor, right: Tensor, is_aligned: bool) -> Configuration:

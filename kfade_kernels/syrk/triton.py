@@ -152,7 +152,7 @@ def _launch(problems: list[Problem], alpha: float, c: Configuration) -> None:
             count * parts, *_place(p), p.rows, p.width, p.order, p.x.stride(0), parts, partial, split_tiles,
         )  # fmt: skip
         partial += count * parts if parts > 1 else 0
-    partials = torch.zeros(max(1, partial * c.block_m * c.block_n), dtype=torch.float32, device=where)
+    partials = torch.zeros(partial * c.block_m * c.block_n, dtype=torch.float32, device=where)
     shape = {"BM": c.block_m, "BN": c.block_n, "GROUP": c.group, "FIELDS": FIELDS, "PANEL": PANEL_ROWS}
     rows = table.to(where)
     common = {"table": rows, "problems": len(problems), "partials": partials, "alpha": alpha}
