@@ -45,6 +45,15 @@ def _module_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return value
 
 
+def rows_of(pair: Pair, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """g `[B, T, d_out]` and a `[B, T, d_in]` of one call, zero at padding."""
+    g, a = pair.g.to(dtype), pair.a.to(pair.dtype).to(dtype)
+    if batch.padded:
+        dropped = ~batch.attention.unsqueeze(-1)
+        g, a = g.masked_fill(dropped, 0), a.masked_fill(dropped, 0)
+    return g, a
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient within this block; their flags and `.grad` come back after it."""

@@ -50,6 +50,20 @@ def model_id(model: nn.Module) -> str:
     return str(getattr(config, "_name_or_path", "") or type(model).__name__)
 
 
+def fitted_layers(model: nn.Module, curvature: Curvature) -> list[Layer]:
+    """The layers of the curvature in this model; ValueError where they differ."""
+    layers = select(model, curvature.config.modules)
+    ours = {x.name: (x.d_out, x.d_in, x.has_bias, x.transposed) for x in layers}
+    fitted = {n: (s.d_out, s.d_in, s.has_bias, s.transposed) for n, s in curvature.items()}
+    wrong = sorted(name for name in ours.keys() | fitted.keys() if ours.get(name) != fitted.get(name))
+    if wrong:
+        raise ValueError(
+            f"curvature does not fit the model: {', '.join(wrong[:4])} {'differ' if len(wrong) > 1 else 'differs'}"
+            " between them; it must have been fitted on a model with the same layers"
+        )
+    return layers
+
+
 def _passes(layers: Sequence[Layer], at_most: int | None) -> list[list[Layer]]:
     """Split layers into passes, keeping each input group together."""
     if at_most is None:

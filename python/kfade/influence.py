@@ -27,13 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .capture import Pair, deterministic_mode, frozen, graph_from_embeddings, trace
+from .capture import Pair, deterministic_mode, frozen, graph_from_embeddings, rows_of, trace
 from .config import InfluenceConfig, to_dict
 from .curvature import Curvature, LayerCurvature
 from .errors import StorageError
-from .fit import check_batches, device_of, model_id, run_fisher, state_dtype
-from .layers import Layer, select
-from .loss import Batch, FiniteCheck, Head
+from .fit import check_batches, device_of, fitted_layers, model_id, run_fisher, state_dtype
+from .layers import Layer
+from .loss import Batch, FiniteCheck, Head, sequence_groups
 from .operators import CurvatureOperator
 from .progress import Progress, Stage
 from .storage import read_json, sha256, write_tensors, write_text
@@ -204,15 +204,6 @@ def sequence_scores(weight: Tensor, bias: Tensor | None, g: Tensor, a: Tensor) -
     return scores
 
 
-def _rows_of(pair: Pair, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """g `[B, T, d_out]` and a `[B, T, d_in]` of one call, zero at padding."""
-    g, a = pair.g.to(dtype), pair.a.to(pair.dtype).to(dtype)
-    if batch.padded:
-        dropped = ~batch.attention.unsqueeze(-1)
-        g, a = g.masked_fill(dropped, 0), a.masked_fill(dropped, 0)
-    return g, a
-
-
 class _Collector(ABC):
     """What both passes share: the place of a batch among the sequences, and the look for NaN."""
 
@@ -224,7 +215,7 @@ class _Collector(ABC):
     def _rows(self, layer: Layer, pairs: Sequence[Pair], batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         self._size = len(batch.input_ids)
         for pair in pairs:
-            g, a = _rows_of(pair, batch, self._dtype)
+            g, a = rows_of(pair, batch, self._dtype)
             self.finite.see(g, batch, f"the {self._what} output gradient of {layer.name}")
             self.finite.see(a, batch, f"the {self._what} input of {layer.name}")
             yield g, a
@@ -301,38 +292,6 @@ class _Scores(_Collector):
             self.scores[:, self._start : self._start + len(g)] += sequence_scores(weight, bias, g, a)
 
 
-def _groups(batches: Sequence[Batch], at_most: int) -> Iterator[list[Batch]]:
-    """The sequences in order, as groups of batches with at most so many sequences in each group."""
-    group: list[Batch] = []
-    room = at_most
-    for batch in batches:
-        start = 0
-        while start < len(batch.input_ids):
-            rows = slice(start, start + room)
-            part = Batch(batch.index, batch.input_ids[rows], batch.attention[rows], batch.labels[rows])
-            group.append(part)
-            start, room = start + len(part.input_ids), room - len(part.input_ids)
-            if room == 0:
-                yield group
-                group, room = [], at_most
-    if group:
-        yield group
-
-
-def _check_fit(model: nn.Module, curvature: Curvature) -> list[Layer]:
-    """The layers of the curvature in this model."""
-    layers = select(model, curvature.config.modules)
-    ours = {x.name: (x.d_out, x.d_in, x.has_bias, x.transposed) for x in layers}
-    fitted = {n: (s.d_out, s.d_in, s.has_bias, s.transposed) for n, s in curvature.items()}
-    wrong = sorted(name for name in ours.keys() | fitted.keys() if ours.get(name) != fitted.get(name))
-    if wrong:
-        raise ValueError(
-            f"curvature does not fit the model: {', '.join(wrong[:4])} {'differ' if len(wrong) > 1 else 'differs'}"
-            " between them; it must have been fitted on a model with the same layers"
-        )
-    return layers
-
-
 def influence(
     model: nn.Module,
     curvature: Curvature,
@@ -368,7 +327,7 @@ def influence(
     for name, value, kind in (("curvature", curvature, Curvature), ("config", config, InfluenceConfig)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
-    layers = _check_fit(model, curvature)
+    layers = fitted_layers(model, curvature)
     # For its check that the inverse exists.
     CurvatureOperator(curvature, damping=config.damping, kind=config.damping_kind).inverse()
     device, dtype = device_of(model), state_dtype(model)
@@ -378,7 +337,7 @@ def influence(
         raise ValueError(f"queries {without[:8]} have no loss position; each query must have at least one label")
     number = sum(len(batch.input_ids) for batch in trained)
     each = sum(state.d_out * state.width_in for state in curvature.values()) * dtype.itemsize
-    groups = list(_groups(asked, max(1, config.solved_bytes // each)))
+    groups = list(sequence_groups(asked, max(1, config.solved_bytes // each)))
     tracked = {module for layer in layers for module in layer.modules}
     tokens = sum(batch.tokens for batch in trained)
     scores = []

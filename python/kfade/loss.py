@@ -10,7 +10,7 @@ its own) is noticed by comparison, and its logits are taken as the rows instead.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,6 +115,34 @@ def check_batch(batch: Mapping[str, Tensor], index: int, device: torch.device) -
     labels = batch.get("labels")
     labels = ids.masked_fill(~attention, IGNORE_INDEX) if labels is None else labels
     return Batch(index, ids.to(device), attention.to(device), labels.to(device))
+
+
+def check_targets(batch: Batch, vocabulary: int) -> None:
+    """Raise ValueError unless the labels of a batch that carry loss are words of the vocabulary."""
+    smallest, largest = batch.target_range if len(batch.loss_index) else (0, 0)
+    if not 0 <= smallest <= largest < vocabulary:
+        raise ValueError(
+            f"labels of batch {batch.index} range from {smallest} to {largest};"
+            f" they must be -100, or from 0 to {vocabulary - 1}"
+        )
+
+
+def sequence_groups(batches: Sequence[Batch], at_most: int) -> Iterator[list[Batch]]:
+    """The sequences in order, as groups of batches with at most so many sequences in each group."""
+    group: list[Batch] = []
+    room = at_most
+    for batch in batches:
+        start = 0
+        while start < len(batch.input_ids):
+            rows = slice(start, start + room)
+            part = Batch(batch.index, batch.input_ids[rows], batch.attention[rows], batch.labels[rows])
+            group.append(part)
+            start, room = start + len(part.input_ids), room - len(part.input_ids)
+            if room == 0:
+                yield group
+                group, room = [], at_most
+    if group:
+        yield group
 
 
 def sequence_keys(batch: Batch, seed: int) -> Tensor:
@@ -228,14 +256,8 @@ class Head:
 
     def labelled(self, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The same for the labels of the data."""
-        vocabulary = rows.shape[1] if self.weight is None else self.weight.shape[0]
+        check_targets(batch, rows.shape[1] if self.weight is None else self.weight.shape[0])
         labels = batch.targets
-        smallest, largest = batch.target_range if len(labels) else (0, 0)
-        if not 0 <= smallest <= largest < vocabulary:
-            raise ValueError(
-                f"labels of batch {batch.index} range from {smallest} to {largest};"
-                f" they must be -100, or from 0 to {vocabulary - 1}"
-            )
         found = sampled_cross_entropy(self._detached(rows), labels=labels, weight=self.weight, bias=self.bias)
         return found.labels, found.grad.to(rows.dtype), found.nll
 

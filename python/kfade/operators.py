@@ -20,7 +20,7 @@ from .config import DAMPINGS
 from .curvature import Curvature, LayerCurvature
 
 
-def _checked_layers(curvature: Curvature, layers: str | Sequence[str] | None) -> list[LayerCurvature]:
+def checked_layers(curvature: Curvature, layers: str | Sequence[str] | None) -> list[LayerCurvature]:
     """The chosen layers in the order of the curvature."""
     if not isinstance(curvature, Curvature):
         raise TypeError(f"curvature is a {type(curvature).__name__}; it must be a Curvature")
@@ -100,7 +100,7 @@ class CurvatureOperator:
         kind: str = "relative",
         power: float = 1.0,
     ) -> None:
-        self._states = _checked_layers(curvature, layers)
+        self._states = checked_layers(curvature, layers)
         if kind not in DAMPINGS:
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(DAMPINGS)}")
         damping, self._power = finite("damping", damping, minimum=0.0), finite("power", power)
