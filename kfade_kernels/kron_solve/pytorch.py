@@ -22,9 +22,10 @@ def _rotated(v: Tensor, a: Tensor | None, q_out: Tensor, q_in: Tensor) -> Tensor
     return torch.mm(torch.mm(q_out.T, torch.mm(v.T, a)), q_in)
 
 
-def solve(
+def solve_rotated(
     v: Tensor, a: Tensor | None, q_out: Tensor, q_in: Tensor, values: Tensor, values_in: Tensor | None, damping: float
 ) -> Tensor:
+    """`(Q_outᵀ V Q_in) ⊘ (Λ + λ)`: the solution before it is rotated back."""
     rotated = _rotated(v, a, q_out, q_in)
     if values_in is None:
         rotated.div_(values + damping)
@@ -32,6 +33,13 @@ def solve(
         # Row by row, so that the outer product of the pair never exists.
         for row in range(values.shape[0]):
             rotated[..., row, :].div_(values_in * values[row] + damping)
+    return rotated
+
+
+def solve(
+    v: Tensor, a: Tensor | None, q_out: Tensor, q_in: Tensor, values: Tensor, values_in: Tensor | None, damping: float
+) -> Tensor:
+    rotated = solve_rotated(v, a, q_out, q_in, values, values_in, damping)
     return torch.matmul(torch.matmul(q_out, rotated), q_in.T)
 
 

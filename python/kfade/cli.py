@@ -702,6 +702,14 @@ def influence(
             rich_help_panel=_CURVATURE,
         ),
     ] = _INFLUENCE.solved_bytes,
+    query_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--query-rank",
+            help="Keep each solved query gradient as its nearest matrix of this rank; whole if not given.",
+            rich_help_panel=_CURVATURE,
+        ),
+    ] = _INFLUENCE.query_rank,
     chat: _Chat = None,
     batch_size: _BatchSize = 8,
     loss_on: Annotated[
@@ -731,7 +739,7 @@ def influence(
     from .models import check_model, load_model
     from .storage import MANIFEST, read_json
 
-    options = InfluenceConfig(damping, damping_kind, solved_bytes)
+    options = InfluenceConfig(damping, damping_kind, solved_bytes, query_rank)
     check_loss_on(loss_on)
     query_records, train_records = _records(query, limit), _records(train, limit)
     check_model(model, dtype, device)

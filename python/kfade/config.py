@@ -144,18 +144,25 @@ class InfluenceConfig:
         damping: λ of the solve.
         damping_kind: `relative` multiplies `damping` by the mean eigenvalue of each layer;
             `absolute` takes it as it is, in the unit of Λ.
-        solved_bytes: solved query gradients kept at once, in bytes. Each takes as much as the tracked weights, at
-            least one is kept, and every further group of them costs one more pass over the training set.
+        solved_bytes: solved query gradients kept at once, in bytes. Each takes as much as the tracked weights (less
+            with `query_rank`), at least one is kept, and every further group of them costs one more pass over the
+            training set.
+        query_rank: k: of each solved query gradient `[d_out, d_in]` keep the nearest matrix of rank k, as
+            `k·(d_out + d_in)` numbers. A layer where those are no fewer than `d_out·d_in` keeps it whole. None keeps
+            all whole.
     """
 
     damping: float = 0.1
     damping_kind: str = "relative"
     solved_bytes: int = 1 << 30
+    query_rank: int | None = None
 
     def __post_init__(self) -> None:
         _number("damping", self.damping, minimum=0.0)
         _one_of("damping_kind", self.damping_kind, DAMPINGS)
         _integer("solved_bytes", self.solved_bytes, 1)
+        if self.query_rank is not None:
+            _integer("query_rank", self.query_rank, 1)
 
 
 def to_dict(config: FitConfig | UnlearnConfig | InfluenceConfig) -> dict[str, Any]:

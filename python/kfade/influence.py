@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from kfade_kernels import kron_solve
+from kfade_kernels.kron_solve.pytorch import solve_rotated
 from kfade_kernels.precision import float32_products
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -47,6 +48,14 @@ CONVENTION = (
 )
 # Elements of the training gradients that exist at a time: some rows of each sequence of a batch.
 SLAB = 1 << 20
+# Up to this side a whole singular value decomposition takes milliseconds.
+EXACT_SIDE = 256
+# Of the subspace of larger ones: the distance to the nearest matrix of the rank is then right to three digits.
+ITERATIONS = 4
+
+
+# g and a of some positions, or the two factors of a matrix.
+Rows = tuple[Tensor, Tensor]
 
 
 class Top(NamedTuple):
@@ -149,7 +158,49 @@ class Influence:
             raise StorageError(f"{directory} cannot be read: {error}") from error
 
 
-def solve_rows(state: LayerCurvature, rows: Sequence[tuple[Tensor, Tensor]], damping: float) -> list[Tensor]:
+def to_rank(matrix: Tensor, rank: int) -> Rows:
+    """The nearest matrix of some rank in the Frobenius norm, by the singular value decomposition.
+
+    Of a matrix with more than `EXACT_SIDE` rows and columns, and of much more than the rank, it is found in a
+    subspace: that of a random sketch with `max(16, rank)` directions to spare, after `ITERATIONS` products with the
+    matrix and its transpose (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4). The seed is fixed.
+
+    Args:
+        matrix: `[d_out, d_in]`, float32 or float64.
+        rank: k, at most the smaller side.
+
+    Returns:
+        Its factors `left [k, d_out]`, with orthonormal rows, and `right [k, d_in]`: it is `leftᵀ right`.
+
+    Cost: `4·(ITERATIONS + 1)·d_out·d_in·(k + max(16, k))` FLOPs in the subspace.
+    """
+    columns = rank + max(16, rank)
+    basis = None
+    with float32_products():
+        if min(matrix.shape) > max(EXACT_SIDE, 4 * columns):
+            generator = torch.Generator().manual_seed(0)
+            sketch = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype)
+            basis = torch.linalg.qr(matrix @ sketch.to(matrix.device)).Q
+            for _ in range(ITERATIONS):
+                basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+        u, s, v = torch.linalg.svd(matrix if basis is None else basis.T @ matrix, full_matrices=False)
+        left = u[:, :rank] if basis is None else basis @ u[:, :rank]
+    return left.T, s[:rank, None] * v[:rank]
+
+
+def _eigen(state: LayerCurvature, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`Q_out`, `Q_in` and Λ on a device; of Λ = λ_out λ_inᵀ the two vectors, else Λ and None."""
+    if state.lambda_sum is None and state.lambda_out is not None:
+        values, values_in = state.lambda_out, state.lambda_in
+    else:
+        values, values_in = state.eigenvalues(), None
+    return (
+        state.output_eigenvectors().to(device), state.input_eigenvectors().to(device), values.to(device),
+        None if values_in is None else values_in.to(device),
+    )  # fmt: skip
+
+
+def solve_rows(state: LayerCurvature, rows: Sequence[Rows], damping: float) -> list[Tensor]:
     """`(F + λI)⁻¹` applied to gradients that are given as factors.
 
     Args:
@@ -161,47 +212,125 @@ def solve_rows(state: LayerCurvature, rows: Sequence[tuple[Tensor, Tensor]], dam
     Returns:
         The solutions, `[d_out, d_in (+ 1)]`.
     """
-    device = rows[0][0].device
     if state.q_out is None:
         scale = state.eigenvalues().to(rows[0][0]) + damping
         with float32_products():
             return [(g.T @ a).div_(scale) for g, a in rows]
-    q_out, q_in = state.output_eigenvectors().to(device), state.input_eigenvectors().to(device)
-    eigenvalues: Tensor | tuple[Tensor, Tensor]
-    if state.lambda_sum is None and state.lambda_out is not None and state.lambda_in is not None:
-        eigenvalues = (state.lambda_out.to(device), state.lambda_in.to(device))
-    else:
-        eigenvalues = state.eigenvalues().to(device)
+    q_out, q_in, values, values_in = _eigen(state, rows[0][0].device)
+    eigenvalues = values if values_in is None else (values, values_in)
     number = len(rows)
     return kron_solve(list(rows), [q_out] * number, [q_in] * number, [eigenvalues] * number, damping)
 
 
-def sequence_scores(weight: Tensor, bias: Tensor | None, g: Tensor, a: Tensor) -> Tensor:
+def solve_rows_to_rank(state: LayerCurvature, rows: Sequence[Rows], damping: float, rank: int) -> Iterator[Rows]:
+    """As `solve_rows`, each solution replaced by the nearest matrix of some rank: its factors, as of `to_rank`.
+
+    A rotation moves no singular value, so it is found in the eigenbasis, and only its factors are rotated back:
+    `2·k·(d_out² + d_in²)` FLOPs in the place of the `2·d_out·d_in·(d_out + d_in)` of a whole solution.
+    """
+    if state.q_out is None:
+        yield from (to_rank(solution, rank) for solution in solve_rows(state, rows, damping))
+        return
+    q_out, q_in, values, values_in = _eigen(state, rows[0][0].device)
+    for g, a in rows:
+        with float32_products():
+            left, right = to_rank(solve_rotated(g, a, q_out, q_in, values, values_in, damping), rank)
+            left, right = left @ q_out.T, right @ q_in.T
+        yield left, right
+
+
+@dataclass
+class Solved:
+    """Solved gradients `D = (F + λI)⁻¹ ∇L` of Q queries for one layer, whole or of rank k.
+
+    Attributes:
+        weight: the weight part, `[Q, d_out, d_in]`; of rank k the right factors of it, `[Q, k, d_in]`.
+        left: None, or of rank k the left factors `[Q, k, d_out]`: the weight part is `leftᵀ weight`.
+        bias: the bias part `[Q, d_out]`, or None.
+    """
+
+    weight: Tensor
+    left: Tensor | None = None
+    bias: Tensor | None = None
+
+    @classmethod
+    def zeros(
+        cls, number: int, state: LayerCurvature, rank: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Solved:
+        """Room for the gradients of some queries; `rank` as `rank_kept` gives it."""
+
+        def room(*shape: int) -> Tensor:
+            return torch.zeros(number, *shape, dtype=dtype, device=device)
+
+        bias = room(state.d_out) if state.has_bias else None
+        if rank is None:
+            return cls(room(state.d_out, state.d_in), None, bias)
+        return cls(room(rank, state.d_in), room(rank, state.d_out), bias)
+
+    def put(self, n: int, matrix: Tensor, left: Tensor | None = None) -> None:
+        """Keep the solution of query n: `matrix [d_out, d_in (+ 1)]`, or of rank k `leftᵀ matrix`."""
+        d_in = self.weight.shape[2]
+        self.weight[n] = matrix[:, :d_in]
+        if left is not None and self.left is not None:
+            self.left[n] = left
+        if self.bias is not None:
+            self.bias[n] = matrix[:, d_in] if left is None else matrix[:, d_in] @ left
+
+
+def rank_kept(state: LayerCurvature, rank: int | None) -> int | None:
+    """The rank that a layer's solved gradients are kept with: None, whole, where that takes no more numbers.
+
+    The rule knows no batch, so scores do not depend on how sequences were batched.
+    """
+    return None if rank is None or rank * (state.d_out + state.d_in) >= state.d_out * state.d_in else rank
+
+
+def numbers_kept(state: LayerCurvature, rank: int | None) -> int:
+    """Numbers that one solved gradient of a layer takes; `rank` as `rank_kept` gives it."""
+    sides = state.d_out * state.d_in if rank is None else rank * (state.d_out + state.d_in)
+    return sides + state.d_out * state.has_bias
+
+
+def sequence_scores(solved: Solved, g: Tensor, a: Tensor) -> Tensor:
     """`Σ_t g_ntᵀ D_q [a_nt, 1]` for all queries q and sequences n: `[Q, B]`.
 
     Args:
-        weight: the weight part of the solved queries D, `[Q, d_out, d_in]`.
-        bias: their bias part `[Q, d_out]`, or None.
+        solved: the solved queries D.
         g: output gradients `[B, T, d_out]`, zero at padding.
         a: inputs `[B, T, d_in]`, zero at padding.
 
     No per-sequence gradient is kept. For one query D meets the tokens, `2·B·T·d_out·d_in` FLOPs a query; for more
     it is cheaper, `2·B·(T + Q)·d_out·d_in`, to form some rows of the gradients, use them for all queries, and
     drop them (`SLAB` elements).
+
+    Of rank k the factors meet the tokens, `2·B·T·Q·k·(d_out + d_in)` FLOPs. Where queries are so many that this is
+    more, some rows of D are formed too, `2·Q·k·d_out·d_in`, and meet those of the gradients.
     """
-    (queries, d_out, d_in), (sequences, tokens, _) = weight.shape, a.shape
+    weight, left = solved.weight, solved.left
+    (queries, inner, d_in), (sequences, tokens, d_out) = weight.shape, g.shape
+    meeting = sequences * tokens * queries * (d_out * d_in if left is None else inner * (d_out + d_in))
+    forming = d_out * d_in * (sequences * (tokens + queries) + (0 if left is None else queries * inner))
     with float32_products():
-        scores = weight.new_zeros(queries, sequences) if bias is None else bias @ g.sum(1).T
-        if queries * tokens <= queries + tokens:
+        scores = weight.new_zeros(queries, sequences) if solved.bias is None else solved.bias @ g.sum(1).T
+        if meeting > forming:
+            for part in _parts(d_out, SLAB // (d_in * (sequences if left is None else max(sequences, queries)))):
+                gradient = torch.bmm(g[:, :, part].mT, a)
+                of_queries = weight[:, part] if left is None else torch.bmm(left[:, :, part].mT, weight)
+                scores.addmm_(of_queries.flatten(1), gradient.flatten(1).T)
+        elif left is None:
             for q in range(queries):
                 scores[q] += ((g @ weight[q]) * a).sum((1, 2))
-            return scores
-        rows = max(1, SLAB // (sequences * d_in))
-        for start in range(0, d_out, rows):
-            part = slice(start, start + rows)
-            gradient = torch.bmm(g[:, :, part].mT, a)
-            scores.addmm_(weight[:, part].flatten(1), gradient.flatten(1).T)
+        else:
+            for part in _parts(queries, SLAB // (sequences * tokens * inner)):
+                met = g.flatten(0, 1) @ left[part].flatten(0, 1).T
+                met *= a.flatten(0, 1) @ weight[part].flatten(0, 1).T
+                scores[part] += met.view(sequences, tokens, -1, inner).sum((1, 3)).T
     return scores
+
+
+def _parts(number: int, size: int) -> Iterator[slice]:
+    """`range(number)` as slices of some size, at least 1."""
+    return (slice(start, start + max(1, size)) for start in range(0, number, max(1, size)))
 
 
 class _Collector(ABC):
@@ -212,7 +341,8 @@ class _Collector(ABC):
         self._dtype, self._what = dtype, what
         self._start = self._size = 0
 
-    def _rows(self, layer: Layer, pairs: Sequence[Pair], batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    def _rows(self, layer: Layer, pairs: Sequence[Pair], batch: Batch) -> Iterator[Rows]:
+        """g `[B, T, d_out]` and a `[B, T, d_in]` of each call, zero at padding."""
         self._size = len(batch.input_ids)
         for pair in pairs:
             g, a = rows_of(pair, batch, self._dtype)
@@ -242,7 +372,7 @@ class _Queries(_Collector):
     """Solves for the gradients of some queries and keeps the solutions.
 
     Attributes:
-        weight, bias: by layer name, `[Q, d_out, d_in]` and `[Q, d_out]`.
+        solved: by layer name.
     """
 
     def __init__(
@@ -251,12 +381,8 @@ class _Queries(_Collector):
         super().__init__(dtype, device, "query's")
         self._curvature = curvature
         self._dampings = {n: state.damping(config.damping, config.damping_kind) for n, state in curvature.items()}
-        self.weight: dict[str, Tensor] = {}
-        self.bias: dict[str, Tensor] = {}
-        for name, state in curvature.items():
-            self.weight[name] = torch.zeros(number, state.d_out, state.d_in, dtype=dtype, device=device)
-            if state.has_bias:
-                self.bias[name] = torch.zeros(number, state.d_out, dtype=dtype, device=device)
+        self._ranks = {n: rank_kept(state, config.query_rank) for n, state in curvature.items()}
+        self.solved = {n: Solved.zeros(number, state, self._ranks[n], dtype, device) for n, state in curvature.items()}
 
     def __call__(self, layer: Layer, pairs: list[Pair], batch: Batch) -> None:
         calls = list(self._rows(layer, pairs, batch))
@@ -266,11 +392,16 @@ class _Queries(_Collector):
         for n in range(len(keep)):
             g, a = (torch.cat([x[n][keep[n]] for x in side]) for side in zip(*calls, strict=True))
             rows.append((g, torch.cat([a, a.new_ones(len(a), 1)], dim=1) if layer.has_bias else a))
-        state = self._curvature[layer.name]
-        for n, solution in enumerate(solve_rows(state, rows, self._dampings[layer.name]), self._start):
-            self.weight[layer.name][n] = solution[:, : layer.d_in]
-            if layer.has_bias:
-                self.bias[layer.name][n] = solution[:, layer.d_in]
+        name, solved = layer.name, self.solved[layer.name]
+        state, damping, rank = self._curvature[name], self._dampings[name], self._ranks[name]
+        if rank is None:
+            for n, solution in enumerate(solve_rows(state, rows, damping), self._start):
+                solved.put(n, solution)
+            return
+        # A decomposition fails on NaN, and knows no batch to blame.
+        self.finite.raise_if_any()
+        for n, (left, right) in enumerate(solve_rows_to_rank(state, rows, damping, rank), self._start):
+            solved.put(n, right, left)
 
 
 class _Scores(_Collector):
@@ -282,14 +413,13 @@ class _Scores(_Collector):
 
     def __init__(self, queries: _Queries, number: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, device, "training")
-        self._queries = queries
-        rows = len(next(iter(queries.weight.values())))
+        self._solved = queries.solved
+        rows = len(next(iter(self._solved.values())).weight)
         self.scores = torch.zeros(rows, number, dtype=dtype, device=device)
 
     def __call__(self, layer: Layer, pairs: list[Pair], batch: Batch) -> None:
-        weight, bias = self._queries.weight[layer.name], self._queries.bias.get(layer.name)
         for g, a in self._rows(layer, pairs, batch):
-            self.scores[:, self._start : self._start + len(g)] += sequence_scores(weight, bias, g, a)
+            self.scores[:, self._start : self._start + len(g)] += sequence_scores(self._solved[layer.name], g, a)
 
 
 def influence(
@@ -321,7 +451,8 @@ def influence(
         UnsupportedLayerError, NonFiniteError: as `fit`.
 
     Cost: one backward pass a query, and for each group of queries that `solved_bytes` holds one over the training set,
-    with `2·(T + Q)·d_out·d_in` FLOPs a training sequence of T tokens and layer, Q the queries of the group.
+    with `2·(T + Q)·d_out·d_in` FLOPs a training sequence of T tokens and layer, Q the queries of the group. With
+    `query_rank` k it is at most `2·T·Q·k·(d_out + d_in)`, and the memory of a query `k·(d_out + d_in)` numbers.
     """
     config, progress = config or InfluenceConfig(), progress or Progress()
     for name, value, kind in (("curvature", curvature, Curvature), ("config", config, InfluenceConfig)):
@@ -336,7 +467,7 @@ def influence(
     if without:
         raise ValueError(f"queries {without[:8]} have no loss position; each query must have at least one label")
     number = sum(len(batch.input_ids) for batch in trained)
-    each = sum(state.d_out * state.width_in for state in curvature.values()) * dtype.itemsize
+    each = sum(numbers_kept(s, rank_kept(s, config.query_rank)) for s in curvature.values()) * dtype.itemsize
     groups = list(sequence_groups(asked, max(1, config.solved_bytes // each)))
     tracked = {module for layer in layers for module in layer.modules}
     tokens = sum(batch.tokens for batch in trained)
