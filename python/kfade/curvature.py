@@ -44,8 +44,8 @@ class LayerCurvature:
         has_bias: a bias rides along as the last input column of every matrix here.
         transposed: the parameter is stored `[d_in, d_out]`.
         group: name of the layer whose input factor this one shares.
-        positions: P, the rows summed in A_sum.
-        losses: T, the loss positions behind S_sum and Λ_sum, times the label samples.
+        positions: P, the rows summed in A_sum; no whole number where older sums were weighted down.
+        losses: T, the loss positions behind S_sum and Λ_sum, times the label samples; weighted like P.
         a_sum: `Σ a aᵀ`, packed, of order d_in (+ 1); the same object for all layers of a group.
         s_sum: `Σ g gᵀ`, packed, of order d_out.
         q_in, lambda_in: eigenvectors in columns and ascending eigenvalues of A.
@@ -59,8 +59,8 @@ class LayerCurvature:
     has_bias: bool
     transposed: bool
     group: str
-    positions: int = 0
-    losses: int = 0
+    positions: float = 0
+    losses: float = 0
     a_sum: PackedSymmetric | None = field(default=None, repr=False)
     s_sum: PackedSymmetric | None = field(default=None, repr=False)
     q_in: Tensor | None = field(default=None, repr=False)

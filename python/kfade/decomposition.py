@@ -30,7 +30,7 @@ def _is_accurate(a: Tensor, values: Tensor, vectors: Tensor) -> bool:
     return float(residual) <= limit * (float(torch.linalg.norm(a)) or 1.0) and float(skew) <= limit
 
 
-def decompose(total: PackedSymmetric, count: int) -> tuple[Tensor, Tensor]:
+def decompose(total: PackedSymmetric, count: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues `[n]`, ascending and clamped at 0, and eigenvectors `[n, n]` in columns of `total / count`.
 
     `eigh` in the dtype of the factor; on failure, or on a residual beyond `ROUNDINGS`, in float64.

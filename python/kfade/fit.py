@@ -127,6 +127,56 @@ def run_fisher(
     capture.require_all()
 
 
+def new_states(layers: Sequence[Layer], losses: int) -> dict[str, LayerCurvature]:
+    """Empty states of some layers, by name; `losses` is T of each."""
+    return {
+        layer.name: LayerCurvature(
+            layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group, losses=losses
+        )
+        for layer in layers
+    }
+
+
+def loss_count(batches: Iterable[Batch], config: FitConfig) -> int:
+    """T: the loss positions of all batches, times the label samples."""
+    return config.samples * sum(len(batch.loss_index) for batch in batches)
+
+
+def collect_factors(
+    head: Head,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    config: FitConfig,
+    factors: FactorCollector,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """One pass that fills A_sum and S_sum of the states of `factors`; `advance(tokens)` is called once a batch."""
+
+    def next_sample(batch: Batch, sample: int) -> None:
+        factors.first_sample = sample + 1 == config.samples
+        if sample == 0:
+            advance(batch.tokens)
+
+    run_fisher(head, layers, batches, config, factors, next_sample)
+    factors.finish()
+
+
+def decompose_states(
+    states: Mapping[str, LayerCurvature], advance: Callable[[int], None] = lambda factors: None
+) -> None:
+    """Eigenvectors and eigenvalues of the factors of states; `advance(1)` is called after each factor."""
+    for state in states.values():
+        leader = states[state.group]
+        if leader.q_in is None:
+            assert leader.a_sum is not None
+            leader.lambda_in, leader.q_in = decompose(leader.a_sum, leader.positions)
+            advance(1)
+        state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
+        assert state.s_sum is not None
+        state.lambda_out, state.q_out = decompose(state.s_sum, state.losses)
+        advance(1)
+
+
 def _fit_layers(
     model: nn.Module,
     head: Head,
@@ -137,44 +187,21 @@ def _fit_layers(
     suffix: str,
     decomposes: bool,
 ) -> dict[str, LayerCurvature]:
-    states = {
-        layer.name: LayerCurvature(layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group)
-        for layer in layers
-    }
     if config.curvature == "identity":
-        return states
+        return new_states(layers, 0)
+    states = new_states(layers, loss_count(batches, config))
     device, dtype = device_of(model), state_dtype(model)
     tokens = sum(batch.tokens for batch in batches)
-    losses = config.samples * sum(len(batch.loss_index) for batch in batches)
-    for state in states.values():
-        state.losses = losses
 
     if config.curvature in ("kfac", "ekfac"):
-        factors = FactorCollector(states, dtype, device)
         with progress.stage(f"factors A, S{suffix}", tokens) as stage:
-
-            def next_sample(batch: Batch, sample: int) -> None:
-                factors.first_sample = sample + 1 == config.samples
-                if sample == 0:
-                    stage.advance(batch.tokens)
-
-            run_fisher(head, layers, batches, config, factors, next_sample)
-        factors.finish()
+            collect_factors(head, layers, batches, config, FactorCollector(states, dtype, device), stage.advance)
         if not decomposes:
             return states
         with progress.stage(
             f"eigendecomposition{suffix}", len(layers) + sum(x.leads for x in layers), "factor"
         ) as stage:
-            for state in states.values():
-                leader = states[state.group]
-                if leader.q_in is None:
-                    assert leader.a_sum is not None
-                    leader.lambda_in, leader.q_in = decompose(leader.a_sum, leader.positions)
-                    stage.advance(1)
-                state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
-                assert state.s_sum is not None
-                state.lambda_out, state.q_out = decompose(state.s_sum, state.losses)
-                stage.advance(1)
+            decompose_states(states, stage.advance)
 
     if config.curvature in ("diagonal", "ekfac"):
         correction = CorrectionCollector(states, layers, dtype, device)

@@ -16,7 +16,7 @@ from typing import Any
 
 from kfade_kernels import PackedSymmetric
 from kfade_kernels.packed import packed_elements
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,6 +108,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+
+
+def read_marked(path: Path, file_format: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file whose metadata names this format and version."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != file_format:
+                raise StorageError(f"{path} has format {metadata.get('format')!r}; it must be {file_format!r}")
+            if metadata.get("version") != str(version):
+                raise StorageError(f"{path} has version {metadata.get('version')!r}; this kfade reads {version}")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
 

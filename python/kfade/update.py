@@ -12,11 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from kfade_kernels import apply_update_
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import StorageError
-from .storage import write_tensors
+from .storage import read_marked, write_tensors
 
 FORMAT = "kfade-update"
 VERSION = 1
@@ -163,14 +161,5 @@ class Update:
         path = Path(path)
         if path.is_dir():
             path = path / FILE
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata: Mapping[str, str] = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise StorageError(f"{path} has format {metadata.get('format')!r}; it must be {FORMAT!r}")
-                if metadata.get("version") != str(VERSION):
-                    raise StorageError(f"{path} has version {metadata.get('version')!r}; this kfade reads {VERSION}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"{path} cannot be read: {error}") from error
+        tensors, metadata = read_marked(path, FORMAT, VERSION)
         return cls(tensors, metadata.get("model_id", ""))
