@@ -8,6 +8,7 @@ from .influence import Influence, influence
 from .layers import WeightAndBias
 from .operators import CurvatureOperator
 from .progress import Progress
+from .training import FactorTracker
 from .unlearn import Step, UnlearnReport, unlearn
 from .update import Update
 
@@ -17,6 +18,7 @@ __all__ = [
     "Curvature",
     "CurvatureOperator",
     "DataError",
+    "FactorTracker",
     "FitConfig",
     "Influence",
     "InfluenceConfig",
