@@ -90,6 +90,28 @@ def _sum_over_ranks(states: Mapping[str, LayerCurvature], device: torch.device) 
                 dist.all_reduce(total.data)
 
 
+def check_tracking(config: FitConfig | None, every: int, decay: float) -> FitConfig:
+    """The options of a FactorTracker, checked; its default for no `config`."""
+    config = FitConfig(curvature="kfac") if config is None else config
+    if not isinstance(config, FitConfig):
+        raise TypeError(f"config is a {type(config).__name__}; it must be a FitConfig")
+    if config.curvature != "kfac":
+        raise ValueError(
+            f"config.curvature is {config.curvature!r}; it must be 'kfac': eigenvalues Λ need eigenvectors that"
+            " do not change while they are collected, so fit them with kfade.fit on a model that is not trained"
+        )
+    if config.layers_per_pass is not None:
+        raise ValueError(
+            f"config.layers_per_pass is {config.layers_per_pass}; it must be None: running factors of all layers"
+            " are kept anyway, so select fewer modules where memory is short"
+        )
+    _integer("every", every, 1)
+    _number("decay", decay, minimum=0.0)
+    if decay > 1:
+        raise ValueError(f"decay is {decay}; it must be at most 1")
+    return config
+
+
 class FactorTracker:
     """Running Kronecker factors of a model, collected beside its training loop.
 
@@ -118,23 +140,7 @@ class FactorTracker:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-        config = FitConfig(curvature="kfac") if config is None else config
-        if not isinstance(config, FitConfig):
-            raise TypeError(f"config is a {type(config).__name__}; it must be a FitConfig")
-        if config.curvature != "kfac":
-            raise ValueError(
-                f"config.curvature is {config.curvature!r}; it must be 'kfac': eigenvalues Λ need eigenvectors that"
-                " do not change while they are collected, so fit them with kfade.fit on a model that is not trained"
-            )
-        if config.layers_per_pass is not None:
-            raise ValueError(
-                f"config.layers_per_pass is {config.layers_per_pass}; it must be None: running factors of all layers"
-                " are kept anyway, so select fewer modules where memory is short"
-            )
-        _integer("every", every, 1)
-        _number("decay", decay, minimum=0.0)
-        if decay > 1:
-            raise ValueError(f"decay is {decay}; it must be at most 1")
+        config = check_tracking(config, every, decay)
         self.config, self.every, self.decay = config, every, float(decay)
         self._model = unwrapped(model)
         self._layers: list[Layer] = select(self._model, config.modules)
