@@ -10,7 +10,7 @@ below the first tracked layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,6 +68,18 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def trained(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only these parameters take gradients within this block; all flags and their `.grad` come back after it."""
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        for p in parameters:
+            stack.callback(setattr, p, "grad", p.grad)
+            p.grad = None
+            p.requires_grad_(True)
+        yield
+
+
+@contextmanager
 def deterministic_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (dropout off), with gradient checkpointing still on where it was on.
 
@@ -94,7 +106,7 @@ def deterministic_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooks(layers: Sequence[Layer], hook: Callable[..., Any]) -> Iterator[None]:
+def layer_hooks(layers: Sequence[Layer], hook: Callable[..., Any]) -> Iterator[None]:
     """Register `hook(layer, args, kwargs, output)` after every module of every layer."""
     with ExitStack() as stack:
         for layer in layers:
@@ -118,7 +130,7 @@ def trace(head: Head, layers: Sequence[Layer], example: Batch) -> list[Layer]:
     def record(layer: Layer, args: Any, kwargs: Any, _output: Tensor) -> None:
         seen[layer.name].append(_module_input(args, kwargs))
 
-    with torch.no_grad(), _hooks(layers, record):
+    with torch.no_grad(), layer_hooks(layers, record):
         head.rows(short)
     leaders: dict[tuple[int, ...], str] = {}
     traced = []
@@ -209,7 +221,7 @@ class Capture:
     @contextmanager
     def running(self, batch: Batch) -> Iterator[Tensor]:
         """Run the model forward on `batch` and yield its loss rows; the caller backpropagates."""
-        with _hooks(self._layers, self._on_forward):
+        with layer_hooks(self._layers, self._on_forward):
             self._batch = batch
             self._waiting.clear()
             try:

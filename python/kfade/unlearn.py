@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import deterministic_mode, frozen
+from .capture import deterministic_mode, trained
 from .config import UnlearnConfig, to_dict
 from .curvature import Curvature
 from .fit import check_batches, device_of, fit, model_id, state_dtype
@@ -188,16 +188,9 @@ class _Run:
             result[layer.name] = layer.joint(parts[0].to(self.dtype), bias).clone()
         return result
 
-    def _tracked(self) -> ExitStack:
+    def _tracked(self) -> AbstractContextManager[None]:
         """Only the tracked parameters take gradients; what they had in `.grad` comes back at the end."""
-        stack = ExitStack()
-        stack.enter_context(frozen(self.model))
-        for layer in self.layers:
-            for p in layer.parameters().values():
-                stack.callback(setattr, p, "grad", p.grad)
-                p.grad = None
-                p.requires_grad_(True)
-        return stack
+        return trained(self.model, [p for layer in self.layers for p in layer.parameters().values()])
 
     def forget_gradient(
         self, batches: Sequence[Batch], start: Sequence[Tensor], stage: Stage
