@@ -17,16 +17,21 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import __version__
-from .config import FitConfig, InfluenceConfig, UnlearnConfig, fit_config, unlearn_config
+from .config import FitConfig, InfluenceConfig, TofuConfig, UnlearnConfig, fit_config, unlearn_config
 from .errors import KfadeError
 
-_FIT, _UNLEARN, _INFLUENCE = FitConfig(), UnlearnConfig(), InfluenceConfig()
+_FIT, _UNLEARN, _INFLUENCE, _TOFU = FitConfig(), UnlearnConfig(), InfluenceConfig(), TofuConfig()
 _DEBUG = "kfade.debug"
 _NOT_KEPT = ("config", "as_json", "quiet", "debug")  # how a run is shown, not what it does
 
 
 class _Group(TyperGroup):
     """Turns the errors that users can mend into one line and exit code 2."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A command may have two words, such as `eval tofu`."""
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words in self.commands else args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -288,7 +293,9 @@ def _records(source: str, limit: int | None) -> Any:
     return read_records(source)[:limit]
 
 
-def _effective(ctx: typer.Context, *configs: FitConfig | UnlearnConfig | InfluenceConfig) -> dict[str, Any]:
+def _effective(
+    ctx: typer.Context, *configs: FitConfig | UnlearnConfig | InfluenceConfig | TofuConfig
+) -> dict[str, Any]:
     """The options in force, as `--config` reads them."""
     options = {key: value for key, value in ctx.params.items() if key not in _NOT_KEPT}
     for config in configs:
@@ -353,6 +360,26 @@ def _influence_table(result: Any, queries: Sequence[Any], train: Sequence[Any], 
         found = [[f"{n}: {beginning(train[n])}", f"{score:.4g}"] for score, n in zip(scores, numbers, strict=True)]
         rows += [[title, *cells] for title, cells in zip(titles, found, strict=True)]
     return _table("Most helpful training records", ["query", "training record", "score"], rows, "left")
+
+
+def _tofu_tables(result: Any) -> list[Table]:
+    """Scores by set, and the numbers of the whole."""
+    rows = [
+        [name, str(s.questions), *(f"{x:.4f}" for x in (s.probability, s.rouge_l_recall, s.truth_ratio))]
+        for name, s in result.sets.items()
+    ]
+    whole = [["model utility", f"{result.model_utility:.4f}"]]
+    if result.forget_quality is not None:
+        whole.append(["forget quality (p)", f"{result.forget_quality:.4g}"])
+        whole.append(["Kolmogorov-Smirnov statistic", f"{result.ks_statistic:.4f}"])
+    whole += [
+        [f"KL from the retrained model, {name}, nats a token", f"{kl:.4g}"] for name, kl in (result.kl or {}).items()
+    ]
+    ratio = f"truth ratio ({result.truth_ratio_mean} mean)"
+    return [
+        _table("ToFU", ["", "questions", "probability", "ROUGE-L recall", ratio], rows),
+        _table("", ["", ""], whole),
+    ]
 
 
 def _costs(progress: Any) -> list[dict[str, Any]]:
@@ -669,6 +696,90 @@ def evaluate(
         _keep(out, _effective(ctx))
         write_text(out / "eval.json", json.dumps(plain(values), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     _print(as_json, values, _scores_table(result.evaluations))
+
+
+@app.command("eval tofu")
+def evaluate_tofu(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="Model: a directory, a .gguf file, or a name on the Hugging Face hub; or a recorded log (.json).",
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", metavar="SOURCE", help="A directory with the published files, or a data set on the hub."
+        ),
+    ] = "locuslab/TOFU",
+    retrained: Annotated[
+        str | None,
+        typer.Option(
+            "--retrained",
+            help="A model trained without the forget set, for forget quality and KL; or its log (.json), for forget"
+            " quality alone.",
+        ),
+    ] = None,
+    update: _OptionalUpdate = None,
+    scale: _Scale = 1.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Write tofu.json, logs and config.yaml here; a set whose log is here already is not measured again.",
+        ),
+    ] = None,
+    forget_split: Annotated[
+        str, typer.Option("--forget-split", help="forget01, forget05 or forget10.", rich_help_panel=_DATA)
+    ] = _TOFU.forget_split,
+    truth_ratio: Annotated[
+        str,
+        typer.Option(
+            "--truth-ratio",
+            help="Mean over the wrong answers: geometric (as published numbers have it) or arithmetic (the paper's).",
+        ),
+    ] = _TOFU.truth_ratio,
+    limit: Annotated[
+        int,
+        typer.Option("--limit", min=1, help="At most so many questions a set; all are 400.", rich_help_panel=_DATA),
+    ] = _TOFU.limit or 0,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template",
+            help="Text of a question and its answer, with {question} in it and {answer} at its end.",
+            show_default="the chat template, else two lines, Question: and Answer:",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    chat: _Chat = None,
+    batch_size: _BatchSize = _TOFU.batch_size,
+    max_tokens: _MaxTokens = _TOFU.max_tokens,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Tokens of a greedy reply.", rich_help_panel=_DATA)
+    ] = _TOFU.max_new_tokens,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Evaluate a model, or a recorded log, on ToFU: model utility, forget quality, and KL from a retrained model."""
+    from . import tofu
+
+    options = TofuConfig(**{f.name: ctx.params[f.name] for f in fields(TofuConfig)})
+    progress = _start(quiet)
+    result = tofu.run(
+        model, data, options, retrained=retrained, update=update, scale=scale, dtype=dtype, device=device, out=out,
+        progress=progress,
+    )  # fmt: skip
+    if out is not None:
+        _keep(out, _effective(ctx, options))
+    _print(as_json, {"command": "eval tofu", **result.to_json(), "costs": _costs(progress)}, *_tofu_tables(result))
 
 
 @app.command()

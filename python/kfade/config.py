@@ -11,6 +11,8 @@ CURVATURES = ("identity", "diagonal", "kfac", "ekfac")
 FISHERS = ("sampled", "empirical")
 DAMPINGS = ("relative", "absolute")
 OBJECTIVES = ("cross_entropy", "npo")
+FORGET_SPLITS = ("forget01", "forget05", "forget10")
+TRUTH_RATIOS = ("geometric", "arithmetic")
 AUTOCASTS = ("off", "bfloat16", "float16")
 
 
@@ -163,6 +165,51 @@ class InfluenceConfig:
         _integer("solved_bytes", self.solved_bytes, 1)
         if self.query_rank is not None:
             _integer("query_rank", self.query_rank, 1)
+
+
+@dataclass(frozen=True)
+class TofuConfig:
+    """How a model is evaluated on ToFU; see `kfade.tofu`.
+
+    Attributes:
+        forget_split: `forget01`, `forget05` or `forget10`.
+        truth_ratio: mean over the wrong answers in the truth ratio: `geometric` (the benchmark's code, and all
+            published numbers), or `arithmetic` (the paper's formula).
+        limit: at most so many questions a set, the first ones; the published logs have 300. None takes all.
+        template: the text of a question and its answer, with `{question}` in it and `{answer}` at its end; None
+            renders with the chat template where there is one, else as two lines, `Question: {question}` and
+            `Answer: {answer}`.
+        chat: whether to render with the chat template; None where there is one, and no `template`.
+        batch_size: sequences a batch.
+        max_tokens: tokens of a question with its answer; the rest of the answer is cut.
+        max_new_tokens: tokens of a greedy reply.
+    """
+
+    forget_split: str = "forget10"
+    truth_ratio: str = "geometric"
+    limit: int | None = 300
+    template: str | None = None
+    chat: bool | None = None
+    batch_size: int = 8
+    max_tokens: int = 512
+    max_new_tokens: int = 200
+
+    def __post_init__(self) -> None:
+        _one_of("forget_split", self.forget_split, FORGET_SPLITS)
+        _one_of("truth_ratio", self.truth_ratio, TRUTH_RATIOS)
+        if self.limit is not None:
+            _integer("limit", self.limit, 1)
+        if self.template is not None:
+            if not isinstance(self.template, str):
+                raise TypeError(f"template is {self.template!r}; it must be a string")
+            parts = [self.template.count(name) for name in ("{question}", "{answer}")]
+            if parts != [1, 1] or not self.template.endswith("{answer}"):
+                raise ValueError(f"template is {self.template!r}; it must have {{question}} once and end in {{answer}}")
+            if self.chat:
+                raise ValueError("chat is True and there is a template; at most one of them must be given")
+        _integer("batch_size", self.batch_size, 1)
+        _integer("max_tokens", self.max_tokens, 2)
+        _integer("max_new_tokens", self.max_new_tokens, 1)
 
 
 def to_dict(config: FitConfig | UnlearnConfig | InfluenceConfig) -> dict[str, Any]:

@@ -277,7 +277,13 @@ def ordered_batches(
     check_loss_on(loss_on)
     rendered = uses_chat(tokenizer, chat)
     encoded = [encode(tokenizer, r, chat=rendered, max_tokens=max_tokens, loss_on=loss_on) for r in records]
+    return batches_by_length(encoded, batch_size, pad_id(tokenizer))
+
+
+def batches_by_length(
+    encoded: Sequence[tuple[list[int], list[int]]], batch_size: int, pad: int
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    """Batches of ids and labels as `encode` gives them, longest first, and for each sequence in them its number."""
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-    pad = pad_id(tokenizer)
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [collate([encoded[i] for i in group], pad) for group in groups], order

@@ -15,6 +15,10 @@ class DataError(KfadeError, ValueError):
     """A data file cannot be read; the message names the file and the line."""
 
 
+class MissingLibraryError(KfadeError, ImportError):
+    """A library that this needs is not installed; the message names the extra that brings it."""
+
+
 class StorageError(KfadeError, ValueError):
     """A saved directory or file is missing, incomplete, corrupt, or belongs to something else."""
 

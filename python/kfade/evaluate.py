@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -140,9 +140,40 @@ def rouge_l(expected: str, reply: str) -> tuple[float, float]:
 # ---- likelihood and divergence
 
 
-def _per_sequence(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sums `[B]` of per-position values `[N]`, and how many positions each sequence has."""
-    return batch.sequence_sums(values.double()), batch.loss_mask.sum(1)
+def _labelled(head: Head, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+    """Each batch, its loss rows `[N, d]`, and of each sequence the summed loss and the loss positions, both `[B]`."""
+    for batch in batches:
+        rows = head.rows(batch)
+        losses = head.labelled(rows, batch)[2]
+        require_finite(losses, batch, "the loss")
+        yield batch, rows, batch.sequence_sums(losses.double()), batch.loss_mask.sum(1)
+
+
+@torch.no_grad()
+def sequence_losses(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """Mean negative log-likelihood of each sequence's labels, nats a token.
+
+    Args:
+        model: a causal language model, as `fit` takes it.
+        batches: as `make_batches` gives them.
+        advance: is told how many sequences were done.
+
+    Returns:
+        float64 `[R]` on the CPU, in the order of the batches; NaN for a sequence without a loss position.
+
+    Raises:
+        ValueError: bad batches.
+        NonFiniteError: the loss of a batch is not finite.
+    """
+    checked = check_batches(batches, device_of(model))
+    found = []
+    with deterministic_mode(model):
+        for _, _, sums, counts in _labelled(Head(model, checked[0]), checked):
+            found.append((sums / counts).cpu())
+            advance(len(counts))
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -218,11 +249,7 @@ def scores(
     with deterministic_mode(model):
         head = Head(model, checked[0])
         kl = _Divergence(model, head, checked[0], reference) if reference is not None else None
-        for number, batch in enumerate(checked):
-            rows = head.rows(batch)
-            losses = head.labelled(rows, batch)[2]
-            require_finite(losses, batch, "the loss")
-            sums, counts = _per_sequence(losses, batch)
+        for number, (batch, rows, sums, counts) in enumerate(_labelled(head, checked)):
             nll += float(sums.sum())
             tokens, records = tokens + int(counts.sum()), records + int((counts > 0).sum())
             answered = (counts > 0) & (counts < batch.attention.sum(1) - 1)  # plain text has loss everywhere
@@ -253,6 +280,58 @@ def end_and_pad(model: Any, tokenizer: Any) -> tuple[int | list[int] | None, int
 
 
 @torch.no_grad()
+def greedy_continuations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[str]:
+    """Greedy continuations in the order of the prompts; batches of similar length, padded on the left.
+
+    Args:
+        model: a transformers model with `generate`.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        batch_size, max_new_tokens, advance: as `greedy_replies`.
+
+    Raises:
+        ValueError: `batch_size` or `max_new_tokens` is less than 1.
+    """
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    end, pad = end_and_pad(model, tokenizer)
+    device = device_of(model)
+    texts = [""] * len(prompts)
+    with deterministic_mode(model):
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            longest = max(len(prompts[i]) for i in part)
+            ids = torch.full((len(part), longest), pad, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(part):
+                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, longest - len(prompts[i]) :] = 1
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=pad,
+            )
+            for i, row in zip(part, output[:, longest:].tolist(), strict=True):
+                texts[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            advance(len(part))
+    return texts
+
+
 def greedy_replies(
     model: Any,
     tokenizer: Any,
@@ -264,7 +343,7 @@ def greedy_replies(
     max_new_tokens: int = 32,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """Greedy replies in the order of the prompts; batches of similar length, padded on the left.
+    """Greedy replies to questions, in their order; see `greedy_continuations`.
 
     Args:
         model: a transformers model with `generate`.
@@ -279,42 +358,15 @@ def greedy_replies(
     Raises:
         ValueError: `batch_size` or `max_new_tokens` is less than 1, or `chat` is impossible.
     """
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     rendered = uses_chat(tokenizer, chat)
     encoded = [
         tokenizer(prompt_text(tokenizer, prompt, rendered), add_special_tokens=not rendered)["input_ids"][-max_tokens:]
         for prompt in prompts
     ]
-    order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    end, pad = end_and_pad(model, tokenizer)
-    device = device_of(model)
-    replies = [""] * len(prompts)
-    with deterministic_mode(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            longest = max(len(encoded[i]) for i in part)
-            ids = torch.full((len(part), longest), pad, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(part):
-                ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
-                mask[row, longest - len(encoded[i]) :] = 1
-            output = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=end,
-                pad_token_id=pad,
-            )
-            for i, row in zip(part, output[:, longest:].tolist(), strict=True):
-                reply = tokenizer.decode(row, skip_special_tokens=True).strip()
-                replies[i] = reply if rendered else reply.split("\n")[0].strip()
-            advance(len(part))
-    return replies
+    replies = greedy_continuations(
+        model, tokenizer, encoded, batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance
+    )
+    return replies if rendered else [reply.split("\n")[0].strip() for reply in replies]
 
 
 def generations(model: Any, tokenizer: Any, records: Sequence[Record], **options: Any) -> list[Generation]:
