@@ -320,6 +320,12 @@ class Context(Forward):
             )
         return self.nll(batch).mean()
 
+    def loss(self, objective: Callable[[Context, Batch], Tensor], forget: Batch, retain: Batch | None) -> Tensor:
+        """`γ · forget objective + α · retain objective`."""
+        weight = 1.0 if self.config.forget_weight is None else self.config.forget_weight
+        value = weight * objective(self, forget)
+        return value if retain is None else value + self.config.retain_weight * self.retain(retain)
+
     @torch.no_grad()
     def prepare(self, forget: Iterable[Batch], retain: Iterable[Batch], needs: str, stage: Stage) -> None:
         """Compute what is needed of the original model, which the model still is."""
@@ -713,25 +719,22 @@ def run_baseline(
     parameters = trained_parameters(model, config)
     steps = config.steps(len(forget_batches))
     forgets = _cycled(forget_batches, steps, f"forget {config.seed}")
-    retains = _cycled(retain_batches, steps, f"retain {config.seed}") if retain_batches else []
+    retains: Sequence[Batch | None] = [None] * steps
+    if retain_batches:
+        retains = _cycled(retain_batches, steps, f"retain {config.seed}")
     report = TrainReport(asdict(config), model_id(model), costs=progress.costs)
     with _training(model, parameters, partial=config.layer is not None):
         loop = _Loop(parameters, config, report, len(forget_batches))
         originals = {id(p): loop.original[name] for name, p in parameters.items()}
         context = Context(model, forget_batches[0], config, originals)
-        weight = 1.0 if config.forget_weight is None else config.forget_weight
-
-        def loss(number: int) -> Tensor:
-            value = weight * method.objective(context, forgets[number])
-            return value + config.retain_weight * context.retain(retains[number]) if retains else value
-
-        used = {batch.index: batch for batch in retains}.values()
-        tokens = [f.tokens + (retains[i].tokens if retains else 0) for i, f in enumerate(forgets)]
+        used = {batch.index: batch for batch in retains if batch is not None}.values()
+        tokens = [f.tokens + (0 if r is None else r.tokens) for f, r in zip(forgets, retains, strict=True)]
         try:
             with progress.stage("original outputs") as stage:
                 context.prepare(forget_batches, used, method.needs, stage)
             with progress.stage(f"training: {config.method}", sum(tokens)) as stage:
-                losses = ((tokens[i], lambda i=i: loss(i)) for i in range(steps))
+                pairs = zip(tokens, forgets, retains, strict=True)
+                losses = ((n, lambda f=f, r=r: context.loss(method.objective, f, r)) for n, f, r in pairs)
                 loop.run(losses, stage, every, None if config.scales else observe)
                 change = loop.change()
                 if config.scales:
