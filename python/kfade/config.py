@@ -39,6 +39,12 @@ def _number(name: str, value: object, *, above: float | None = None, minimum: fl
         raise ValueError(f"{name} is {value}; it must be at least {minimum:g}")
 
 
+def _share(name: str, value: object) -> None:
+    _number(name, value, minimum=0.0)
+    if value >= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value}; it must be below 1")
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How the curvature of a retain set is fitted.
@@ -210,6 +216,64 @@ class TofuConfig:
         _integer("batch_size", self.batch_size, 1)
         _integer("max_tokens", self.max_tokens, 2)
         _integer("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True)
+class KFACConfig:
+    """How `kfade.optim.KFAC` trains a model.
+
+    Attributes:
+        lr: step length of the tracked layers, on the preconditioned gradient.
+        momentum: of the preconditioned gradient, from 0 to below 1.
+        weight_decay: decoupled, as AdamW's, in units of 1 / (lr · steps), for parameters of two dimensions and more.
+        damping: λ of the solve.
+        damping_kind: `relative` multiplies `damping` by the mean eigenvalue of each layer; `absolute` takes it as
+            it is, in the unit of Λ.
+        kl_clip: at most so much `lr² Σ g̃ᵀ g` over the tracked layers, about twice the KL, in nats a token, by which
+            one step without momentum moves the predictions; None does not clip.
+        factor_every: steps between two batches that are added to the factors; the first step adds one.
+        refresh_every: steps between two eigendecompositions; the first step makes one.
+        decay: factor on what the factors hold, at each batch that is added; 1 forgets nothing.
+        fit: how the factors are collected; its `modules` are the tracked layers, its `curvature` must be `kfac`.
+        adam_lr: learning rate of Adam, for the parameters that are not tracked.
+        adam_betas: decay of its two averages a step, from 0 to below 1.
+        adam_eps: added to the root of its second average, in the unit of the gradient.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    damping: float = 0.1
+    damping_kind: str = "relative"
+    kl_clip: float | None = 0.001
+    factor_every: int = 10
+    refresh_every: int = 10
+    decay: float = 0.95
+    fit: FitConfig = field(default_factory=lambda: FitConfig(curvature="kfac", modules="all-linear"))
+    adam_lr: float = 0.001
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "damping", "adam_lr", "adam_eps"):
+            _number(name, getattr(self, name), minimum=0.0)
+        _share("momentum", self.momentum)
+        _one_of("damping_kind", self.damping_kind, DAMPINGS)
+        if self.kl_clip is not None:
+            _number("kl_clip", self.kl_clip, above=0.0)
+        _integer("factor_every", self.factor_every, 1)
+        _integer("refresh_every", self.refresh_every, 1)
+        _number("decay", self.decay, above=0.0)
+        if self.decay > 1:
+            raise ValueError(f"decay is {self.decay}; it must be at most 1")
+        if not isinstance(self.fit, FitConfig):
+            raise TypeError(f"fit is a {type(self.fit).__name__}; it must be a FitConfig")
+        if self.fit.curvature != "kfac":
+            raise ValueError(f"fit.curvature is {self.fit.curvature!r}; it must be 'kfac'")
+        if not isinstance(self.adam_betas, (tuple, list)) or len(self.adam_betas) != 2:
+            raise TypeError(f"adam_betas is {self.adam_betas!r}; it must be a pair of numbers")
+        for i, beta in enumerate(self.adam_betas):
+            _share(f"adam_betas[{i}]", beta)
 
 
 def to_dict(config: FitConfig | UnlearnConfig | InfluenceConfig) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class FactorTracker:
         model: a causal language model as `kfade.fit` takes it, or what DistributedDataParallel, accelerate or
             `torch.compile` made of it; weights are whole on every process. It gets one forward pre-hook, until `close`.
         config: options of the fit, of `curvature="kfac"` (the default here) and without `layers_per_pass`.
-        every: `step` collects on its first call and on each `every`-th after it.
+        every: `step` collects on its first call (or the first that can), and on each `every`-th after it.
         decay: weight in [0, 1] of the sums so far when new ones are added; 1 keeps plain sums, 0 the last batch.
 
     Raises:
@@ -188,7 +188,8 @@ class FactorTracker:
         Raises:
             RuntimeError: the model was not run in training mode, with gradients enabled, since the hook was set.
         """
-        due = self._calls % self.every == 0
+        # A first batch that could not be added must not leave a whole interval without factors.
+        due = self._calls % self.every == 0 or not self._states
         self._calls += 1
         if not due:
             return False
