@@ -1,6 +1,7 @@
 """Unlearning by uphill Gauss-Newton steps, with fast Kronecker-factored curvature of language models."""
 
-from .config import FitConfig, InfluenceConfig, UnlearnConfig
+from . import optim
+from .config import FitConfig, InfluenceConfig, KFACConfig, UnlearnConfig
 from .curvature import Curvature, LayerCurvature
 from .errors import DataError, KfadeError, NonFiniteError, StorageError, UnsupportedLayerError
 from .fit import fit, sampled_labels
@@ -22,6 +23,7 @@ __all__ = [
     "FitConfig",
     "Influence",
     "InfluenceConfig",
+    "KFACConfig",
     "KfadeError",
     "LayerCurvature",
     "NonFiniteError",
@@ -35,6 +37,7 @@ __all__ = [
     "WeightAndBias",
     "fit",
     "influence",
+    "optim",
     "sampled_labels",
     "unlearn",
 ]
