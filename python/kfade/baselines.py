@@ -49,7 +49,7 @@ class TrainConfig:
     Attributes:
         learning_rate: the highest one, of AdamW.
         epochs: passes over the batches; a fraction ends within one.
-        warmup: epochs in which the learning rate rises from 0.
+        warmup: epochs in which the learning rate rises from 0; the first step is at 0, as in transformers.
         schedule: `linear` or `cosine` down to 0 after that, or `constant`.
         weight_decay: decoupled, of all parameters with two dimensions or more.
         clip: largest Euclidean norm of a step's gradient; None clips nothing.
@@ -114,6 +114,8 @@ class BaselineConfig(TrainConfig):
     method: str
     learning_rate: float = _PUBLISHED
     epochs: float = _PUBLISHED
+    warmup: float = _PUBLISHED
+    schedule: str = _PUBLISHED
     modules: str = _PUBLISHED
     forget_weight: float = _PUBLISHED
     retain_weight: float = _PUBLISHED
@@ -126,8 +128,8 @@ class BaselineConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, tuple(METHODS))
-        published = {"learning_rate": 1e-5, "epochs": 10, "modules": "all", **METHODS[self.method].published}
-        for name in ("learning_rate", "epochs", "modules", *_OWN):
+        published = {**_SHARED, **METHODS[self.method].published}
+        for name in (*_SHARED, *_OWN):
             value = getattr(self, name)
             if value is None:
                 object.__setattr__(self, name, published.get(name))
@@ -161,6 +163,8 @@ def _scales(name: str, value: object) -> None:
         _number(name, scale, above=0.0)
 
 
+# How the benchmark trains, whatever the method.
+_SHARED = {"learning_rate": 1e-5, "epochs": 10, "warmup": 1, "schedule": "linear", "modules": "all"}
 # The fields of single methods, with their checks.
 _OWN: dict[str, Callable[[str, object], None]] = {
     "forget_weight": _not_negative,
@@ -401,7 +405,8 @@ class Method:
     Attributes:
         name: of it.
         objective: its forget objective, to be minimised.
-        published: its own defaults, where they are not those of the benchmark (AdamW, 1e-5, 10 epochs).
+        published: its own defaults, where they are not those of the benchmark (AdamW at 1e-5, a linear schedule with
+            an epoch of warm-up, 10 epochs, batches of 32).
         source: where formula and defaults come from.
         description: one line.
         needs: what the forget objective needs of the original model: nothing, `nll` or `rows`.
@@ -453,9 +458,9 @@ METHODS = {
         Method(
             "rmu", rmu,
             {**_WEIGHTS, "learning_rate": 5e-5, "retain_weight": 1200.0, "retain_loss": "activation", "layer": 7,
-             "steering": 6.5, "modules": DOWN_PROJECTIONS},
+             "steering": 6.5, "warmup": 0, "schedule": "constant", "modules": DOWN_PROJECTIONS},
             "Li et al. 2024, arXiv 2403.03218, its values for Zephyr-7B (other models: steering 20 to 300, α 100 to"
-            " 1600; open-unlearning: 2 and 1), trained there for 150 batches of 4",
+            " 1600; open-unlearning: 2 and 1), trained there for 150 batches of 4 and without clipping",
             "steers the forget set's activations to a random vector",
         ),
         Method(

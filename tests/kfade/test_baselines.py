@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,54 @@ def test_rmu_trains_the_down_projections_below_its_layer_alone() -> None:
     assert model(**FORGET[0]).loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gpt2", r"transformer\.h\.[01]\.mlp\.c_proj\.(weight|bias)"),
+        ("neox", r"gpt_neox\.layers\.[01]\.mlp\.dense_4h_to_h\.(weight|bias)"),
+        ("phi", r"model\.layers\.[01]\.mlp\.fc2\.(weight|bias)"),
+        ("opt", r"model\.decoder\.layers\.[01]\.fc2\.(weight|bias)"),
+        ("gemma", r"model\.layers\.[01]\.mlp\.down_proj\.weight"),
+    ],
+)
+def test_rmu_finds_the_down_projections_of_every_family(family: str, names: str) -> None:
+    model = tiny(family)
+    update = run_baseline(model, FORGET, RETAIN, config("rmu", layer=1))
+    assert set(update.tensors) == {name for name, _ in model.named_parameters() if re.fullmatch(names, name)}
+    assert all(float(tensor.norm()) > 0 for tensor in update.tensors.values())
+
+
+@functools.cache
+def learnt() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model that knows both sets."""
+    model = tiny("llama", torch.float32, scale=0.0)
+    finetune(model, FORGET + RETAIN, TrainConfig(learning_rate=1e-2, epochs=40))
+    return model, weights(model)
+
+
+def mean_nll(model: nn.Module, data: list[Batch]) -> float:
+    with torch.no_grad():
+        return float(torch.cat([nll for one in data for nll in token_nll(model, one)]).mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_learnt_is_unlearnt(method: str) -> None:
+    model, before = learnt()
+    forget, retain = mean_nll(model, FORGET), mean_nll(model, RETAIN)
+    assert forget < 0.2 and retain < 0.2
+    # Of so narrow a model all weights take part in everything: RMU gets weights at which both sets feel it.
+    options = {"layer": 1, "retain_weight": 1.0, "steering": 20.0} if method == "rmu" else {}
+    update = run_baseline(model, FORGET, RETAIN, config(method, learning_rate=1e-2, epochs=10, **options))
+    update.apply_(model)
+    after = mean_nll(model, FORGET), mean_nll(model, RETAIN)
+    update.remove_(model)
+    assert same(model, before)
+    # The NLL of a model that knows nothing is log 97 = 4.6.
+    assert after[0] > forget + 1
+    if METHODS[method].defaults.retain_loss == "nll" and METHODS[method].defaults.uses_retain:
+        assert after[1] < 0.5
+
+
 @pytest.mark.parametrize(("modules", "part"), [("mlp", ".mlp."), ("attention", ".self_attn."), ("up_proj", ".up_proj")])
 def test_modules_chooses_what_is_trained(modules: str, part: str) -> None:
     model = tiny("llama")
@@ -457,7 +506,11 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(method: str, how: str, mo
 
         monkeypatch.setattr(baselines._Loop, "_step", failing)
     options = config(method, epochs=4) if method in METHODS else TrainConfig(learning_rate=1e-2)
-    run = partial(run_baseline, model, FORGET, RETAIN) if method in METHODS else partial(finetune, model, FORGET)
+    run = (
+        functools.partial(run_baseline, model, FORGET, RETAIN)
+        if method in METHODS
+        else functools.partial(finetune, model, FORGET)
+    )
     with pytest.raises(KeyboardInterrupt):
         run(options, every=3, observe=observe)
     assert same(model, before)
