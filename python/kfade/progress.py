@@ -59,10 +59,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def _per_second(rate: float, unit: str) -> str:
+    # Questions and answers take a second each, tokens do not.
+    return f"{rate:,.0f} {unit}s/s" if rate >= 10 else f"{rate:.2g} {unit}s/s"
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         rate = task.finished_speed or task.speed
-        return Text(f"{rate:,.0f} {task.fields['unit']}s/s" if rate else "", style="cyan")
+        return Text(_per_second(rate, task.fields["unit"]) if rate else "", style="cyan")
 
 
 class Stage:
@@ -121,7 +126,7 @@ class Progress:
                 bar.stop()
                 self._live = False
         if self.show and not live:
-            rate = f", {cost.rate:,.0f} {unit}s/s" if cost.units else ""
+            rate = f", {_per_second(cost.rate, unit)}" if cost.units else ""
             print(f"{name}: {cost.seconds:.1f} s{rate}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:

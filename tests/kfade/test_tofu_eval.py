@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import kfade
 from kfade import DataError, tofu
 from kfade.cli import app
 from kfade.config import TofuConfig
@@ -422,6 +423,16 @@ def test_the_command_end_to_end(home: Path, tmp_path: Path) -> None:
     half = json.loads(call(*arguments(home, tmp_path / "half"), "--dtype", "bfloat16").stdout)
     ours, theirs = half["sets"]["retain"]["truth_ratio"], found["sets"]["retain"]["truth_ratio"]
     assert ours == pytest.approx(theirs, abs=0.05)
+
+
+def test_an_update_is_applied_before(home: Path, tmp_path: Path) -> None:
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(3))
+    kfade.Update({"model.layers.0.mlp.up_proj.weight": weight}).save(tmp_path / "update")
+    model, tokenizer = tiny(0)
+    model.float().model.layers[0].mlp.up_proj.weight.data.add_(weight, alpha=0.5)
+    expected = tofu.evaluate(model, tokenizer, tofu.read_questions(home / "data", SMALL), SMALL)
+    found = call(*arguments(home, tmp_path / "out"), "--batch-size", 3, "--update", tmp_path / "update", "--scale", 0.5)
+    assert json.loads(found.stdout)["model_utility"] == expected.model_utility  # the same sums of the same numbers
 
 
 def test_tables_name_the_mean(home: Path, tmp_path: Path) -> None:
