@@ -1,11 +1,13 @@
 """Unlearning by uphill Gauss-Newton steps, with fast Kronecker-factored curvature of language models."""
 
 from . import optim
+from .calibration import Calibration, Predictive
 from .config import FitConfig, InfluenceConfig, KFACConfig, UnlearnConfig
 from .curvature import Curvature, LayerCurvature
 from .errors import DataError, KfadeError, NonFiniteError, StorageError, UnsupportedLayerError
 from .fit import fit, sampled_labels
 from .influence import Influence, influence
+from .laplace import Laplace, LogitVariance
 from .layers import WeightAndBias
 from .operators import CurvatureOperator
 from .progress import Progress
@@ -16,6 +18,7 @@ from .update import Update
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Curvature",
     "CurvatureOperator",
     "DataError",
@@ -25,8 +28,11 @@ __all__ = [
     "InfluenceConfig",
     "KFACConfig",
     "KfadeError",
+    "Laplace",
     "LayerCurvature",
+    "LogitVariance",
     "NonFiniteError",
+    "Predictive",
     "Progress",
     "Step",
     "StorageError",
