@@ -52,8 +52,6 @@ SLAB = 1 << 20
 EXACT_SIDE = 256
 # Of the subspace of larger ones: the distance to the nearest matrix of the rank is then right to three digits.
 ITERATIONS = 4
-
-
 # g and a of some positions, or the two factors of a matrix.
 Rows = tuple[Tensor, Tensor]
 

@@ -331,16 +331,18 @@ def test_the_model_is_left_as_it_was() -> None:
     # 16-bit gradients carry 8 digits (bits) each, and F, whose eigenvalues damping holds above a tenth, is theirs too.
     [(torch.float32, "off", 1e-4), (torch.bfloat16, "off", 0.1), (torch.float32, "bfloat16", 0.1)],
 )
-def test_other_dtypes_are_near(dtype: torch.dtype, autocast: str, tolerance: float) -> None:
+@pytest.mark.parametrize("rank", [None, 4])
+def test_other_dtypes_are_near(rank: int | None, dtype: torch.dtype, autocast: str, tolerance: float) -> None:
+    options = kfade.InfluenceConfig(query_rank=rank)
     config = kfade.FitConfig(fisher="empirical", autocast=autocast)
     exact = tiny("llama", torch.bfloat16).double()
     truth = kfade.influence(
         exact, kfade.fit(exact, training("right"), kfade.FitConfig(fisher="empirical")), queries("right"),
-        training("right"),
+        training("right"), options,
     ).scores  # fmt: skip
     model = tiny("llama", torch.bfloat16).to(dtype)
     curvature = kfade.fit(model, training("right"), config)
-    found = kfade.influence(model, curvature, queries("right"), training("right")).scores
+    found = kfade.influence(model, curvature, queries("right"), training("right"), options).scores
     assert found.dtype == torch.float32
     assert relative(found, truth) < tolerance
 
