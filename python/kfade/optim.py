@@ -119,7 +119,7 @@ class KFAC(Optimizer):
         self._layers: list[Layer] = select(model, config.fit.modules)
         tracked = [p for layer in self._layers for p in layer.parameters().values()]
         inside = {id(p) for p in tracked}
-        common = {"weight_decay": config.weight_decay}
+        common: dict[str, Any] = {"weight_decay": config.weight_decay}
         preconditioned = {
             "params": tracked, "lr": config.lr, "momentum": config.momentum, "damping": config.damping,
             "kl_clip": config.kl_clip, **common,
@@ -205,11 +205,12 @@ class KFAC(Optimizer):
             for p, part in zip(layers[name].parameters().values(), parts.values(), strict=True):
                 if p.grad is None:
                     continue
+                step = part
                 if group["momentum"]:
                     buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(part))
-                    part = buffer.mul_(group["momentum"]).add_(part)
+                    step = buffer.mul_(group["momentum"]).add_(part)
                 _decay_(p, group)
-                p.add_(part, alpha=-group["lr"])
+                p.add_(step, alpha=-group["lr"])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on with the same bits: tensors and numbers, for `torch.save`.
@@ -253,4 +254,6 @@ class KFAC(Optimizer):
 def _with_basis(layer: Layer, basis: Mapping[str, Tensor]) -> LayerCurvature:
     device = layer.weight.device
     state = LayerCurvature(layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group)
-    return replace(state, **{key: basis[key].to(device=device, copy=True) for key in BASIS})
+    for key in BASIS:
+        setattr(state, key, basis[key].to(device=device, copy=True))
+    return state
