@@ -240,10 +240,10 @@ class KFACConfig:
         adam_eps: added to the root of its second average, in the unit of the gradient.
     """
 
-    lr: float = 0.1
+    lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0
-    damping: float = 0.1
+    damping: float = 100.0
     damping_kind: str = "relative"
     kl_clip: float | None = 0.001
     factor_every: int = 10

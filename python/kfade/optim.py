@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from .config import KFACConfig
 from .curvature import Curvature, LayerCurvature
 from .layers import Layer, select
-from .training import FactorTracker
+from .training import FactorTracker, unwrapped
 
 # What of a layer's state the solve needs; the factors behind it go on changing.
 BASIS = ("q_in", "lambda_in", "q_out", "lambda_out")
@@ -85,7 +85,8 @@ class KFAC(Optimizer):
     accumulation, clipping and loss scaling do not touch them.
 
     Args:
-        model: a causal language model, as `kfade.fit` takes it. All its parameters are optimised.
+        model: a causal language model as `kfade.fit` takes it, or what DistributedDataParallel, accelerate or
+            `torch.compile` made of it. All its parameters are optimised.
         config: the options; see KFACConfig.
         options: single options by name, in the place of the config's.
 
@@ -116,7 +117,7 @@ class KFAC(Optimizer):
         self.tracker = FactorTracker(model, config.fit, every=config.factor_every, decay=config.decay)
         self.steps = 0
         self._curvature: Curvature | None = None
-        self._layers: list[Layer] = select(model, config.fit.modules)
+        self._layers: list[Layer] = select(unwrapped(model), config.fit.modules)
         tracked = [p for layer in self._layers for p in layer.parameters().values()]
         inside = {id(p) for p in tracked}
         common: dict[str, Any] = {"weight_decay": config.weight_decay}

@@ -367,6 +367,19 @@ def test_ill_conditioned_features_take_few_steps() -> None:
     assert best["kfac"] < 0.25 * best["sgd"]
 
 
+def test_a_wrapped_model_is_trained_as_if_it_were_not() -> None:
+    model, twin = model_of("llama"), model_of("llama")
+    wrapped = nn.DataParallel(model)
+    optimiser, other = KFAC(wrapped, CONFIG), KFAC(twin, CONFIG)
+    for number in range(3):
+        data = batch("right", seed=number)
+        optimiser.zero_grad()
+        wrapped(**data).loss.backward()
+        optimiser.step()
+    train(twin, other, 3)
+    assert same(model, twin)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_trainer_trains_with_it_and_resumes(accumulate: int, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
