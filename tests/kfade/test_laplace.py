@@ -366,6 +366,7 @@ def test_a_narrow_posterior_is_the_map() -> None:
         assert found.epistemic.max() < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "autocast"), [(torch.float32, "off"), (torch.bfloat16, "off"), (torch.float32, "bfloat16")]
 )
