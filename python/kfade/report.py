@@ -98,7 +98,7 @@ def to_json(
 # ---- numbers
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number_text(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -118,7 +118,7 @@ def _short_percent(value: float | None) -> str:
     return _percent(value).replace(".0 %", " %")
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {int(value % 60)} s"
 
 
@@ -130,18 +130,18 @@ METRICS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("answer_found", "answer found", _percent),
     ("exact_match", "exact match", _percent),
     ("answer_probability", "answer probability", _percent),
-    ("nll", "NLL (nats/token)", _number),
-    ("perplexity", "perplexity", lambda value: _number(value, 2)),
-    ("rouge_l_recall", "ROUGE-L recall", _number),
-    ("rouge_l_f1", "ROUGE-L F1", _number),
-    ("kl", "KL to the original (nats/token)", lambda value: _number(value, 4)),
+    ("nll", "NLL (nats/token)", number_text),
+    ("perplexity", "perplexity", lambda value: number_text(value, 2)),
+    ("rouge_l_recall", "ROUGE-L recall", number_text),
+    ("rouge_l_f1", "ROUGE-L F1", number_text),
+    ("kl", "KL to the original (nats/token)", lambda value: number_text(value, 4)),
 )
 
 
 # ---- charts
 
 
-def _svg(draw: Callable[[Any], None], label: str, width: float = 5.6, height: float = 3.3) -> str:
+def svg_of(draw: Callable[[Any], None], label: str, width: float = 5.6, height: float = 3.3) -> str:
     """Draw on matplotlib axes and give inline SVG, the same bytes for the same data."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -351,31 +351,35 @@ def _tiles(report: UnlearnReport, comparisons: Sequence[Comparison]) -> str:
         for c in comparisons
         if c.before.answer_found is not None
     ]
-    tiles.append(_tile("Forget NLL", _change(_number(report.forget_nll), _number(nll)), "nats a token to unlearn"))
+    tiles.append(
+        _tile("Forget NLL", _change(number_text(report.forget_nll), number_text(nll)), "nats a token to unlearn")
+    )
     budget = report.config.get("kl_budget")
     tiles.append(
         _tile(
             "Retain KL, held out",
-            escape(_number(last.measured_kl if last else 0.0, 4)),
+            escape(number_text(last.measured_kl if last else 0.0, 4)),
             "nats a token, measured" + (f"; the budget was {budget:g}" if budget is not None else ""),
         )
     )
     tiles.append(
-        _tile("Retain NLL, held out", _change(_number(report.retain_nll, 3), _number(retain, 3)), "nats a token")
+        _tile(
+            "Retain NLL, held out", _change(number_text(report.retain_nll, 3), number_text(retain, 3)), "nats a token"
+        )
     )
     tiles += [
-        _tile(c.name, _change(_number(c.before.perplexity, 2), _number(c.after.perplexity, 2)), "perplexity")
+        _tile(c.name, _change(number_text(c.before.perplexity, 2), number_text(c.after.perplexity, 2)), "perplexity")
         for c in comparisons
         if c.before.answer_probability is None
     ]
     if report.costs:
         peak = max(cost.peak_bytes for cost in report.costs)
-        tiles.append(_tile("Time", escape(_seconds(sum(c.seconds for c in report.costs))), "all stages below"))
+        tiles.append(_tile("Time", escape(seconds_text(sum(c.seconds for c in report.costs))), "all stages below"))
         tiles.append(_tile("Peak memory", escape(_memory(peak)), "resident memory of the process"))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _figure(title: str, note: str, svg: str) -> str:
+def html_figure(title: str, note: str, svg: str) -> str:
     return f"<figure><figcaption>{escape(title)}<span>{escape(note)}</span></figcaption>{svg}</figure>"
 
 
@@ -383,41 +387,43 @@ def _charts(report: UnlearnReport) -> str:
     figures = []
     if report.steps:
         figures.append(
-            _figure(
+            html_figure(
                 "Loss by step",
                 "Forget should rise, retain should stay.",
-                _svg(lambda axes: _draw_losses(axes, report), "Forget and retain loss by step"),
+                svg_of(lambda axes: _draw_losses(axes, report), "Forget and retain loss by step"),
             )
         )
         figures.append(
-            _figure(
+            html_figure(
                 "Retain KL by step",
                 "To the original model, on held-out retain sequences.",
-                _svg(lambda axes: _draw_kl(axes, report), "Predicted and measured retain KL by step"),
+                svg_of(lambda axes: _draw_kl(axes, report), "Predicted and measured retain KL by step"),
             )
         )
     if _trial_points(report):
         figures.append(
-            _figure(
+            html_figure(
                 "Predicted and measured KL of every trial",
                 "Above the dashed line the step cost more than the curvature predicted.",
-                _svg(lambda axes: _draw_trials(axes, report), "Measured against predicted KL of all trials", 5.6, 4.2),
+                svg_of(
+                    lambda axes: _draw_trials(axes, report), "Measured against predicted KL of all trials", 5.6, 4.2
+                ),
             )
         )
     if report.costs:
         costs = report.costs
         height = 1.0 + 0.3 * len(costs)
         figures.append(
-            _figure(
+            html_figure(
                 "Time by stage",
                 "Rates and memory are in the table.",
-                _svg(lambda axes: _draw_costs(axes, costs), "Wall time by stage", 5.6, max(4.2, height)),
+                svg_of(lambda axes: _draw_costs(axes, costs), "Wall time by stage", 5.6, max(4.2, height)),
             )
         )
     return f'<h2>Course of the run</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[str], numeric_from: int = 1) -> str:
+def html_table(head: Sequence[str], rows: Sequence[str], numeric_from: int = 1) -> str:
     titles = "".join(
         f'<th scope="col"{" class=n" if i >= numeric_from else ""}>{escape(title)}</th>' for i, title in enumerate(head)
     )
@@ -425,7 +431,7 @@ def _table(head: Sequence[str], rows: Sequence[str], numeric_from: int = 1) -> s
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cells(values: Sequence[str]) -> str:
+def html_cells(values: Sequence[str]) -> str:
     return "".join(f'<td class="n">{escape(value)}</td>' for value in values)
 
 
@@ -439,23 +445,23 @@ def _evaluation(comparisons: Sequence[Comparison]) -> str:
         )
         for key, title, show in METRICS:
             if before[key] is not None or after[key] is not None:
-                cells = _cells([show(before[key]), show(after[key])])
+                cells = html_cells([show(before[key]), show(after[key])])
                 rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")
-    return f"<h2>Before and after</h2>{_table(['', 'before', 'after'], rows)}" if rows else ""
+    return f"<h2>Before and after</h2>{html_table(['', 'before', 'after'], rows)}" if rows else ""
 
 
 def _steps(report: UnlearnReport) -> str:
     rows = []
     for step in report.steps:
         verdict = "taken" if step.accepted else "rolled back"
-        cells = _cells(
+        cells = html_cells(
             [
-                _number(step.eta, 4),
+                number_text(step.eta, 4),
                 f"{step.retain_weight:.3g}",
-                _number(step.predicted_kl, 4),
-                _number(step.measured_kl, 4),
-                _number(step.forget_nll),
-                _number(step.retain_nll),
+                number_text(step.predicted_kl, 4),
+                number_text(step.measured_kl, 4),
+                number_text(step.forget_nll),
+                number_text(step.retain_nll),
                 str(len(step.trials)),
                 "yes" if step.refitted else "no",
             ]
@@ -464,17 +470,17 @@ def _steps(report: UnlearnReport) -> str:
         rows.append(f'<tr><th scope="row">{step.number} <span class="{mark}">{verdict}</span></th>{cells}</tr>')
     head = ["step", "η", "c", "predicted KL", "measured KL", "forget NLL", "retain NLL", "trials", "refitted"]
     note = '<p class="soft">η is the step size, c the weight of the retain-KL gradient; KL and NLL in nats a token.</p>'
-    return f"<h2>Steps</h2>{_table(head, rows)}{note}" if rows else ""
+    return f"<h2>Steps</h2>{html_table(head, rows)}{note}" if rows else ""
 
 
 def _costs(costs: Sequence[StageCost]) -> str:
     rows = []
     for cost in costs:
         units = [f"{cost.units:,}", f"{cost.rate:,.0f} {cost.unit}s/s"] if cost.units else ["–", "–"]
-        cells = _cells([_seconds(cost.seconds), *units, _memory(cost.peak_bytes)])
+        cells = html_cells([seconds_text(cost.seconds), *units, _memory(cost.peak_bytes)])
         rows.append(f'<tr><th scope="row">{escape(cost.name)}</th>{cells}</tr>')
     head = ["stage", "time", "units", "rate", "peak memory"]
-    return f"<h2>Cost of each stage</h2>{_table(head, rows)}" if rows else ""
+    return f"<h2>Cost of each stage</h2>{html_table(head, rows)}" if rows else ""
 
 
 def _reply(who: str, reply: Generation, judged: bool) -> str:
@@ -511,6 +517,15 @@ def _configuration(values: Mapping[str, Any]) -> str:
     return f"<h2>Configuration</h2><pre>{escape(text)}</pre>"
 
 
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """One whole page around parts that are HTML."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
 def to_html(
     report: UnlearnReport,
     comparisons: Sequence[Comparison] = (),
@@ -534,11 +549,7 @@ def to_html(
         _configuration(configuration if configuration is not None else report.config),
         "<footer>Written by kfade. The same figures are in report.json beside this page.</footer>",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return html_page(title, parts)
 
 
 def write_report(
