@@ -124,28 +124,34 @@ def study(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
     print("log marginal likelihood", {name: round(value) for name, value in evidence.items()})
 
     temperature = best([2 ** (k / 8) for k in range(-8, 25)], lambda t: at_temperature(prior, validation, t).nll())
-    taus = [next(iter(whole.prior_precision.values())) * 4.0**k for k in range(-1, 5)]
-    chosen = best(taus, lambda tau: whole.with_prior_precision(tau).predictive(validation, samples=4).nll())
+    taus = [next(iter(whole.prior_precision.values())) * 4.0**k for k in range(-1, 4)]
+    chosen = best(
+        taus,
+        lambda tau: whole.with_prior_precision(tau).predictive(validation, samples=max(1, options.samples // 2)).nll(),
+    )
     tuned = whole.with_prior_precision(chosen)
 
-    def laplace(posterior: kfade.Laplace, method: str) -> Callable[[Batches], kfade.Predictive]:
-        return lambda batches: posterior.predictive(batches, method, samples=options.samples)
+    def laplace(posterior: kfade.Laplace, method: str, times: float = 1) -> tuple[Callable[[], kfade.Predictive], int]:
+        draws = max(1, round(times * options.samples))
+        return lambda: posterior.predictive(test, method, samples=draws), draws
 
-    methods: dict[str, tuple[Callable[[Batches], kfade.Predictive], str]] = {
-        "MAP": (lambda batches: prior.predictive(batches, "map"), ""),
-        "temperature scaling": (lambda batches: at_temperature(prior, batches, temperature), f"T = {temperature:.2f}"),
+    head_setting = f"τ = {head.prior_precision['lm_head']:.3g}"
+    methods: dict[str, tuple[tuple[Callable[[], kfade.Predictive], int], str]] = {
+        "MAP": ((lambda: prior.predictive(test, "map"), 1), ""),
+        "temperature scaling": ((lambda: at_temperature(prior, test, temperature), 1), f"T = {temperature:.2f}"),
         "Laplace, sampled": (laplace(whole, "sampled"), f"τ = {taus[1]:.3g}"),
         "Laplace, linearised": (laplace(whole, "linearised"), f"τ = {taus[1]:.3g}"),
-        "Laplace, linearised, τ per layer": (laplace(layers, "linearised"), "by layer"),
-        "Laplace, head alone": (laplace(head, "linearised"), f"τ = {head.prior_precision['lm_head']:.3g}"),
+        "Laplace, head alone": (laplace(head, "linearised"), head_setting),
+        "Laplace, head alone, four times the draws": (laplace(head, "linearised", 4), head_setting),
+        "Laplace, linearised, a quarter of the draws": (laplace(whole, "linearised", 0.25), f"τ = {taus[1]:.3g}"),
         "Laplace, linearised, τ by validation": (laplace(tuned, "linearised"), f"τ = {chosen:.3g}"),
     }
     print(f"on the training text, MAP: {prior.predictive(train, 'map').nll():.3f} nats a byte")
     print(f"{'method':40}{'setting':>14}{'NLL':>9}{'ECE':>9}{'Brier':>9}{'accuracy':>10}{'MI':>9}{'seconds':>9}")
     rows, found = [], {}
-    for name, (predict, setting) in methods.items():
+    for name, ((predict, draws), setting) in methods.items():
         clock = time.perf_counter()
-        one = predict(test)
+        one = predict()
         seconds = time.perf_counter() - clock
         found[name] = one
         numbers = {"nll": one.nll(), "ece": one.ece(BINS), "brier": one.brier(), "accuracy": one.accuracy()}
@@ -156,7 +162,7 @@ def study(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
         rows.append(
             {"method": name, "setting": setting, "train tokens": int(prior.tokens), "tokens": len(one.labels)}
             | {key: f"{x:.4f}" for key, x in numbers.items()}
-            | {"draws": options.samples if name.startswith("Laplace") else 1, "seconds": f"{seconds:.1f}"}
+            | {"draws": draws, "seconds": f"{seconds:.1f}"}
         )
     return rows, found
 
@@ -165,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=128, help=f"training sequences of {LENGTH} bytes")
     parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=8, help="draws")
+    parser.add_argument("--samples", type=int, default=32, help="draws")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()

@@ -462,7 +462,7 @@ class Laplace:
         batches: Iterable[Mapping[str, Tensor]],
         method: str = "linearised",
         *,
-        samples: int = 16,
+        samples: int = 32,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Predictive:
@@ -477,7 +477,7 @@ class Laplace:
                 product a draw: F is the exact Hessian of that model, and it does not leave the region where F
                 means something (Immer, Korzepa and Bauer 2021, arXiv 2008.08217). `sampled` puts draws into the model.
                 `map` is the model as it is. In an output projection alone the first two are the same.
-            samples: S, the draws.
+            samples: S, the draws; too few of them cost likelihood.
             seed: of the draws.
             progress: where to show progress and record costs.
 
