@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Elements of the outer product of a pair of eigenvalues that exist at a time.
+SLAB = 1 << 13
+
 
 def few_tokens(tokens: int, d_out: int, d_in: int) -> bool:
     """Whether rotating the tokens of a gradient `gᵀ a` is cheaper than forming it and rotating that."""
@@ -30,9 +33,11 @@ def solve_rotated(
     if values_in is None:
         rotated.div_(values + damping)
     else:
-        # Row by row, so that the outer product of the pair never exists.
-        for row in range(values.shape[0]):
-            rotated[..., row, :].div_(values_in * values[row] + damping)
+        # Some rows at a time: of the outer product no more exists, and a narrow layer is no swarm of tiny operations.
+        rows = max(1, SLAB // values_in.shape[0])
+        for start in range(0, values.shape[0], rows):
+            part = slice(start, start + rows)
+            rotated[..., part, :].div_(torch.outer(values[part], values_in).add_(damping))
     return rotated
 
 
