@@ -1,8 +1,8 @@
 """A small language model trained from scratch: AdamW, `kfade.optim.KFAC`, and K-FAC in plain PyTorch.
 
-    python benchmarks/optimisers.py                                             # records, draws docs/optimisers.svg
-    python benchmarks/optimisers.py --sweep --width 64 --layers 2 --steps 60    # the learning rates in SWEPT
-    python benchmarks/optimisers.py --steps 40 --width 64 --no-record
+    python benchmarks/optimisers.py                          # records, draws docs/optimisers.svg
+    python benchmarks/optimisers.py --sweep --steps 120   # the learning rates in SWEPT
+    python benchmarks/optimisers.py --steps 40 --width 32 --no-record
 
 The text is that of Python's own documentation topics, as bytes; the last tenth is held out, and 128 sequences of it
 are evaluated. Every method sees the same batches from the same weights, under one schedule (20 steps of warm-up, then a
@@ -36,9 +36,9 @@ WARM_UP = 20
 CHUNK = 16
 METHODS = ("adamw", "kfade", "plain")
 # Four learning rates a method; LR holds the best of each, and the K-FACs use that of AdamW for what they do not track.
-SWEPT = {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "kfade": (3e-3, 1e-2, 3e-2, 1e-1)}
-LR = {"adamw": 8e-3, "kfade": 0.01, "plain": 0.01}
-CONFIG = kfade.KFACConfig(adam_lr=8e-3, adam_betas=(0.9, 0.95))
+SWEPT = {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "kfade": (1e-3, 3e-3, 1e-2, 3e-2)}
+LR = {"adamw": 4e-3, "kfade": 1e-3, "plain": 1e-3}
+CONFIG = kfade.KFACConfig(adam_lr=4e-3, adam_betas=(0.9, 0.95))
 HELD = 128
 
 
@@ -290,8 +290,8 @@ def draw(runs: list[Run], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--damping", type=float, default=CONFIG.damping, help="relative")

@@ -145,6 +145,26 @@ class UnlearnConfig:
 
 
 @dataclass(frozen=True)
+class ReapplyConfig:
+    """How far a stored update is added again; see `kfade.reapply`.
+
+    Attributes:
+        kl_budget: greatest mean KL, in nats a token on the retain batches, from the model as it is before.
+        scale: factor of the update that is tried first.
+        trials: at most so many measurements of KL.
+    """
+
+    kl_budget: float = 0.02
+    scale: float = 1.0
+    trials: int = 8
+
+    def __post_init__(self) -> None:
+        _number("kl_budget", self.kl_budget, above=0.0)
+        _number("scale", self.scale, above=0.0)
+        _integer("trials", self.trials, 1)
+
+
+@dataclass(frozen=True)
 class InfluenceConfig:
     """How influence is computed from a fitted curvature.
 
@@ -171,6 +191,49 @@ class InfluenceConfig:
         _integer("solved_bytes", self.solved_bytes, 1)
         if self.query_rank is not None:
             _integer("query_rank", self.query_rank, 1)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """How unlearning methods are compared; see `kfade.compare`.
+
+    Attributes:
+        methods: names in `kfade.compare.NAMES`.
+        budgets: retain KL at which methods are compared, in nats a token, measured on retain data that no method sees.
+        seeds: how many, from 0.
+        epochs: passes over the forget set that a method may take.
+        learning_rates: those that every baseline tries. K-FADE tries as many budgets of its own.
+        seconds: of unlearning that a run may take; None for no limit but the epochs.
+        holdout: share of the retain records that no method sees.
+    """
+
+    methods: tuple[str, ...] = (
+        "kfade", "gradient_ascent", "gradient_difference", "npo", "simnpo", "undial", "undial_kl", "wga", "rmu",
+        "task_vector",
+    )  # fmt: skip
+    budgets: tuple[float, ...] = (0.01, 0.03, 0.1)
+    seeds: int = 3
+    epochs: float = 5
+    learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4)
+    seconds: float | None = None
+    holdout: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name, what in (("methods", "names"), ("budgets", "numbers"), ("learning_rates", "numbers")):
+            values = getattr(self, name)
+            if not isinstance(values, tuple):
+                raise TypeError(f"{name} is {values!r}; it must be a tuple of {what}")
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values!r}; it must have at least one, and none twice")
+        for name in ("budgets", "learning_rates"):
+            for value in getattr(self, name):
+                _number(name, value, above=0.0)
+        _integer("seeds", self.seeds, 1)
+        _number("epochs", self.epochs, above=0.0)
+        if self.seconds is not None:
+            _number("seconds", self.seconds, above=0.0)
+        _number("holdout", self.holdout, above=0.0)
+        _share("holdout", self.holdout)
 
 
 @dataclass(frozen=True)
@@ -240,7 +303,7 @@ class KFACConfig:
         adam_eps: added to the root of its second average, in the unit of the gradient.
     """
 
-    lr: float = 0.01
+    lr: float = 0.001
     momentum: float = 0.9
     weight_decay: float = 0.0
     damping: float = 100.0
