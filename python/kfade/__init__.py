@@ -2,8 +2,9 @@
 
 from . import optim
 from .calibration import Calibration, Predictive
-from .config import FitConfig, InfluenceConfig, KFACConfig, UnlearnConfig
+from .config import FitConfig, InfluenceConfig, KFACConfig, ReapplyConfig, UnlearnConfig
 from .curvature import Curvature, LayerCurvature
+from .durability import Reapplied, reapply
 from .errors import DataError, KfadeError, NonFiniteError, StorageError, UnsupportedLayerError
 from .fit import fit, sampled_labels
 from .influence import Influence, influence
@@ -34,6 +35,8 @@ __all__ = [
     "NonFiniteError",
     "Predictive",
     "Progress",
+    "Reapplied",
+    "ReapplyConfig",
     "Step",
     "StorageError",
     "UnlearnConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "fit",
     "influence",
     "optim",
+    "reapply",
     "sampled_labels",
     "unlearn",
 ]

@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import __version__
-from .config import FitConfig, InfluenceConfig, TofuConfig, UnlearnConfig, fit_config, unlearn_config
+from .config import FitConfig, InfluenceConfig, ReapplyConfig, TofuConfig, UnlearnConfig, fit_config, unlearn_config
 from .errors import KfadeError
 
 _FIT, _UNLEARN, _INFLUENCE, _TOFU = FitConfig(), UnlearnConfig(), InfluenceConfig(), TofuConfig()
@@ -597,29 +597,63 @@ def apply(
     update: _Update,
     out: _Out,
     scale: _Scale = 1.0,
+    kl_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--kl-budget",
+            help="Choose the scale instead, beginning at --scale: the largest found whose KL to the model as it is,"
+            " measured on --retain, is within so many nats a token.",
+            rich_help_panel=_STEP,
+        ),
+    ] = None,
+    retain: _OptionalRetain = None,
+    trials: _Trials = _UNLEARN.trials,
+    chat: _Chat = None,
+    batch_size: _BatchSize = 8,
+    max_tokens: _MaxTokens = 512,
     dtype: _Dtype = "float32",
     device: _Device = "cpu",
+    limit: _Limit = None,
     config: _Config = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
     debug: _Debug = False,
 ) -> None:
-    """Apply an update to a model and save the result to OUT, for transformers to load."""
+    """Apply an update to a model and save the result to OUT, for transformers to load.
+
+    A model that was trained further can take the same update again, with the scale that a KL budget allows.
+    """
     from . import models
+    from .data import make_batches
+    from .durability import reapply
     from .update import Update
 
+    if (kl_budget is None) != (retain is None):
+        raise ValueError(f"kl_budget is {kl_budget} and retain is {retain}; both or neither must be given")
+    options = None if kl_budget is None else ReapplyConfig(kl_budget, scale, trials)
+    records = None if retain is None else _records(retain, limit)
     loaded_update = Update.load(update)
     models.check_model(model, dtype, device)
     models.check_save(out)
     progress = _start(quiet)
     with progress.stage("load the model"):
         loaded, tokenizer = models.load_model(model, dtype, device)
-    loaded_update.apply_(loaded, scale)
+    values: dict[str, Any] = {"command": "apply", "out": str(out), "scale": scale}
+    rows = [["model", str(out)]]
+    if records is None:
+        loaded_update.apply_(loaded, scale)
+    else:
+        batches = make_batches(tokenizer, records, chat=chat, batch_size=batch_size, max_tokens=max_tokens)
+        found = reapply(loaded, loaded_update, batches, options, progress=progress)
+        if not found.scale:
+            raise ValueError(f"nothing was applied: {found.reason}; {out} was not written")
+        values |= {**asdict(found), "costs": _costs(progress)}
+        rows.append(["retain KL, nats a token", f"{found.kl:.4g}"])
     with progress.stage("save"):
         models.save_model(loaded, tokenizer, out)
         _keep(out, _effective(ctx))
-    values = {"command": "apply", "out": str(out), "scale": scale, "tensors": len(loaded_update.tensors)}
-    rows = [["model", str(out)], ["scale", f"{scale:g}"], ["tensors changed", str(len(loaded_update.tensors))]]
+    values["tensors"] = len(loaded_update.tensors)
+    rows += [["scale", f"{values['scale']:g}"], ["tensors changed", str(len(loaded_update.tensors))]]
     _print(as_json, values, _table("Applied", ["", ""], rows))
 
 

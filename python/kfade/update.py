@@ -65,6 +65,10 @@ class Update:
             raise ValueError(f"model does not fit this update: {shown}")
         return {name: parameters[name] for name in self.tensors}
 
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError, listing all mismatches, unless the update fits the model."""
+        self._targets(model)
+
     def _add_(self, targets: Mapping[str, nn.Parameter], scale: float) -> None:
         """Add `scale` times the update to these parameters, many in one call."""
         groups: list[list[str]] = []

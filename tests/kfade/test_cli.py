@@ -222,6 +222,26 @@ def test_apply(home: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> 
     assert "was not saved by kfade" in refused(*base, "--out", home / "model")
 
 
+def test_apply_chooses_the_scale_by_a_kl_budget(home: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, _ = run
+    base = ["apply", "--update", out, "--retain", home / "retain.jsonl", "--limit", 8]
+    # onto the model that has the update in it already: what is measured is the KL to that one
+    again = [*base, "--model", out / "model", "--kl-budget", 0.01]
+    values = json.loads(done(*again, "--out", tmp_path / "m", "--json").stdout)
+    assert 0 < values["kl"] <= 0.01 and values["trials"][0][0] == 1.0 and not values["reason"]
+    assert values["costs"][1]["name"] == "scale of the update"
+    present, written = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (out / "model", tmp_path / "m"))
+    kfade.Update.load(out).apply_(present, values["scale"])
+    assert all(torch.equal(a, b) for a, b in zip(present.parameters(), written.parameters(), strict=True))
+    done("apply", "--config", tmp_path / "m" / "config.yaml", "--out", tmp_path / "again", "--quiet")
+    too_far = [*base, "--model", home / "model", "--kl-budget", 1e-9, "--scale", 50, "--trials", 1]
+    assert "no trial met the retain-KL budget of 1e-09" in refused(*too_far, "--out", tmp_path / "n", "--quiet")
+    assert "kl_budget is None and retain is" in refused(*base, "--model", home / "model", "--out", tmp_path / "n")
+    negative = [*again, "--scale", -1, "--out", tmp_path / "n"]
+    assert "scale is -1.0; it must be greater than 0" in refused(*negative)
+    assert not (tmp_path / "n").exists()
+
+
 def test_apply_lists_what_does_not_fit(home: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
