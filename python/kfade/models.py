@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .storage import write_text
@@ -97,6 +99,15 @@ def load_model(name_or_dir: str | Path, dtype: str = "float32", device: str = "c
     if gguf is not None:  # a name worth keeping in an update; the folder says nothing
         model.config._name_or_path = gguf
     return model.to(device).eval(), tokenizer
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of the names, shapes and bytes of all parameters and buffers that a checkpoint has."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def demo_model() -> Path:

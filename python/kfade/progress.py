@@ -98,7 +98,7 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int | None = None, unit: str = "token") -> Iterator[Stage]:
         """Time one stage; nested stages are timed too, and drawn below their parent's name."""
-        console = Console(stderr=True)
+        console = Console(file=sys.stderr)  # bound now: inside a stage stderr may be redirected
         live = self.show and console.is_terminal and not getattr(self, "_live", False)
         bar = None
         task = None

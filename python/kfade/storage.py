@@ -126,6 +126,39 @@ def read_marked(path: Path, file_format: str, version: int) -> tuple[dict[str, T
         raise StorageError(f"{path} cannot be read: {error}") from error
 
 
+class KeptResults:
+    """Results of a run in a JSON file, each with what it was made from; what was made from anything else is dropped.
+
+    Args:
+        path: of the file, or None to keep nothing.
+        made_from: of each result by name, in JSON values.
+    """
+
+    def __init__(self, path: Path | None, made_from: Mapping[str, Mapping[str, Any]]) -> None:
+        self._path, self._made_from = path, made_from
+        try:
+            content = {} if path is None else read_json(path)
+        except StorageError:  # there is none, or it is broken: measure
+            content = {}
+        self._content = {
+            name: values
+            for name, values in content.items()
+            if isinstance(values, Mapping) and values.get("made_from", self) == made_from.get(name)
+        }
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The result, if the file has it."""
+        values = self._content.get(name)
+        return None if values is None else {key: value for key, value in values.items() if key != "made_from"}
+
+    def put(self, name: str, values: Mapping[str, Any]) -> None:
+        """Add a result, and write the file."""
+        self._content[name] = {"made_from": self._made_from[name], **values}
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._path, json.dumps(self._content, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 def save_curvature(curvature: Curvature, directory: Path) -> None:
     """Write `curvature` into `directory`, which is made if need be; the manifest comes last."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -30,11 +30,12 @@ from torch import nn
 from . import data, models
 from .config import TRUTH_RATIOS, TofuConfig
 from .data import Record, batches_by_length, pad_id, read_records, uses_chat
-from .errors import DataError, MissingLibraryError, StorageError
+from .errors import DataError, MissingLibraryError
 from .evaluate import References, end_and_pad, greedy_continuations, references, scores, sequence_losses
 from .loss import IGNORE_INDEX
+from .models import weights_sha256
 from .progress import Progress
-from .storage import read_json, write_text
+from .storage import KeptResults, read_json, write_text
 from .update import Update
 
 Array = npt.NDArray[np.float64]
@@ -470,15 +471,6 @@ def encode(
 # ---- a model on the questions
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Of the names, shapes and bytes of all parameters and buffers that a checkpoint has."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def measure(
     model: Any,
     tokenizer: Any,
@@ -535,32 +527,6 @@ def measure(
     )
 
 
-class _Store:
-    """The logs of a run in a file, each with what it was made from; what was made from anything else is dropped."""
-
-    def __init__(self, path: Path | None, made_from: Mapping[str, Mapping[str, Any]]) -> None:
-        self._path, self._made_from = path, made_from
-        try:
-            content = {} if path is None else read_json(path)
-        except StorageError:  # there is none, or it is broken: measure
-            content = {}
-        self._content = {
-            name: values
-            for name, values in content.items()
-            if isinstance(values, Mapping) and values.get("made_from", self) == made_from.get(name)
-        }
-
-    def get(self, name: str) -> Log | None:
-        values = self._content.get(name)
-        return None if values is None else log_from_json(values, f"{self._path}, {name}")
-
-    def put(self, name: str, log: Log) -> None:
-        self._content[name] = {"made_from": self._made_from[name], **log.to_json()}
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path, json.dumps(self._content, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def _measure_all(
     model: Any,
     tokenizer: Any,
@@ -574,18 +540,20 @@ def _measure_all(
 ) -> dict[str, Log]:
     weights = weights_sha256(model) if path is not None else ""
     length = config.max_new_tokens if replies else 0
-    store = _Store(
+    store = KeptResults(
         path,
         {name: {"weights": weights, "inputs": inputs[name].sha256, "max_new_tokens": length} for name in questions},
     )
     found = {}
     for name, items in questions.items():
-        log = store.get(name)
-        if log is None:
+        kept = store.get(name)
+        if kept is not None:
+            log = log_from_json(kept, f"{path}, {name}")
+        else:
             log = measure(
                 model, tokenizer, items, inputs[name], config, name=prefix + name, replies=replies, progress=progress
             )
-            store.put(name, log)
+            store.put(name, log.to_json())
         found[name] = log
     return found
 
