@@ -29,12 +29,14 @@ class DemoData:
     Attributes:
         forget: questions about capitals.
         paraphrases: the same questions in words that are not unlearned.
+        multihop: questions whose answer is one of these capitals, but which name neither city nor country; for some.
         retain, retain_held: questions on other matters; the second part only measures.
         text, text_held: paragraphs; likewise.
     """
 
     forget: list[Record]
     paraphrases: list[Record]
+    multihop: list[Record]
     retain: list[Record]
     retain_held: list[Record]
     text: list[Record]
@@ -70,6 +72,7 @@ class DemoResult:
 def load_data(limit: int | None = None) -> DemoData:
     """The records shipped with kfade; at most `limit` of the capitals."""
     forget = read_jsonl(DATA / "forget.jsonl")[:limit]
+    subjects = {record.fields["subject"] for record in forget}
     retain, text = read_jsonl(DATA / "retain.jsonl"), read_jsonl(DATA / "text.jsonl")
 
     def part(records: list[Record], split: str) -> list[Record]:
@@ -78,6 +81,7 @@ def load_data(limit: int | None = None) -> DemoData:
     return DemoData(
         forget,
         [replace(record, prompt=record.fields["paraphrase"]) for record in forget],
+        [record for record in read_jsonl(DATA / "multihop.jsonl") if record.fields["subject"] in subjects],
         part(retain, "train"),
         part(retain, "heldout"),
         part(text, "train"),

@@ -27,7 +27,8 @@ from kfade.durability import (
     round_to_nearest,
     steps_to,
 )
-from kfade.evaluate import references, scores
+from kfade.demo import load_data
+from kfade.evaluate import normalise, references, scores
 from kfade.layers import output_head, select
 
 WORDS = 31
@@ -367,3 +368,21 @@ def test_steps_to_a_share_and_the_picture() -> None:
     assert axes.lines[0].get_ydata() == pytest.approx([10, 60, 90])
     draw_relearning(axes, found, "5 examples", "retain_kl")  # nothing was measured, nothing is drawn
     assert len(axes.lines) == 2
+
+
+# -------------------------------------------------------------------------------------------------- questions
+
+
+def test_multi_hop_questions_name_neither_the_country_nor_its_capital() -> None:
+    data = load_data()
+    by = {record.fields["subject"]: record for record in data.forget}
+    assert len({record.prompt for record in data.multihop}) == len(data.multihop) == 30
+    for record in data.multihop:
+        subject = by[record.fields["subject"]]
+        assert (record.answer, record.aliases, record.response) == (subject.answer, subject.aliases, subject.response)
+        assert record.prompt == record.fields["question_template"].format(record.fields["clue"])
+        asked = normalise(record.prompt).split()
+        for name in (record.answer, *record.aliases, record.fields["subject"].removeprefix("the ")):
+            assert not set(normalise(name).split()) <= set(asked), record.prompt
+    few = load_data(5)
+    assert {record.fields["subject"] for record in few.multihop} <= {r.fields["subject"] for r in few.forget}
