@@ -17,10 +17,20 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import __version__
-from .config import FitConfig, InfluenceConfig, ReapplyConfig, TofuConfig, UnlearnConfig, fit_config, unlearn_config
+from .config import (
+    CompareConfig,
+    FitConfig,
+    InfluenceConfig,
+    ReapplyConfig,
+    TofuConfig,
+    UnlearnConfig,
+    fit_config,
+    unlearn_config,
+)
 from .errors import KfadeError
 
 _FIT, _UNLEARN, _INFLUENCE, _TOFU = FitConfig(), UnlearnConfig(), InfluenceConfig(), TofuConfig()
+_COMPARE = CompareConfig()
 _DEBUG = "kfade.debug"
 _NOT_KEPT = ("config", "as_json", "quiet", "debug")  # how a run is shown, not what it does
 
@@ -294,7 +304,7 @@ def _records(source: str, limit: int | None) -> Any:
 
 
 def _effective(
-    ctx: typer.Context, *configs: FitConfig | UnlearnConfig | InfluenceConfig | TofuConfig
+    ctx: typer.Context, *configs: FitConfig | UnlearnConfig | InfluenceConfig | TofuConfig | CompareConfig
 ) -> dict[str, Any]:
     """The options in force, as `--config` reads them."""
     options = {key: value for key, value in ctx.params.items() if key not in _NOT_KEPT}
@@ -397,6 +407,23 @@ def _steps_table(report: Any) -> Table:
         for s in report.steps
     ]
     return _table("Steps", ["step", "η", "predicted KL", "measured KL", "forget NLL", "retain NLL"], rows)
+
+
+def _compare_tables(result: Any) -> list[Table]:
+    """The best points within each budget, a method a row."""
+    from .compare import at_equal_kl, spread
+
+    tables = []
+    for budget in result.options.budgets:
+        rows = []
+        for method, points in at_equal_kl(result.points, budget).items():
+            names = [*(["distance"] if result.aims else []), "forget_nll", "retain_kl", "seconds"]
+            cells = [f"{mean:.4g} ± {deviation:.2g}" for mean, deviation in (
+                spread([getattr(p, name) for p in points]) for name in names)]  # fmt: skip
+            rows.append([result.title(method), *cells])
+        head = ["", *(["KL to the retrained, forget"] if result.aims else []), "forget NLL", "retain KL", "seconds"]
+        tables.append(_table(f"Within a retain KL of {budget:g} nats a token", head, rows))
+    return tables
 
 
 def _demo_table(result: Any) -> Table:
@@ -902,6 +929,115 @@ def influence(
         result.save(out, top_k)
     values = {"command": "influence", "out": str(out), **result.summary(top_k), "costs": _costs(progress)}
     _print(as_json, values, _influence_table(result, query_records, train_records, top_k))
+
+
+def _words(name: str, values: Sequence[str]) -> tuple[str, ...]:
+    """An option that may be repeated, or hold several values with commas between them."""
+    words = tuple(word.strip() for value in values for word in str(value).split(",") if word.strip())
+    if not words:
+        raise ValueError(f"--{name} is empty; it must have at least one value")
+    return words
+
+
+def _numbers(name: str, values: Sequence[str]) -> tuple[float, ...]:
+    words = _words(name, values)
+    try:
+        return tuple(float(word) for word in words)
+    except ValueError:
+        raise ValueError(f"--{name} is {', '.join(words)}; it must be numbers with commas between them") from None
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    model: _Model,
+    forget: _Forget,
+    retain: _Retain,
+    out: _Out,
+    retrained: Annotated[
+        str | None, typer.Option("--retrained", help="Model trained without the forget set: the point to aim at.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Also measure KL from the original on this: a .txt file or .jsonl.")
+    ] = None,
+    methods: Annotated[
+        list[str], typer.Option("--methods", help="Names with commas between them.", rich_help_panel=_STEP)
+    ] = list(_COMPARE.methods),  # noqa: B006
+    budgets: Annotated[
+        list[str],
+        typer.Option(
+            "--budgets", help="Retain KL at which to compare, nats a token, commas between.", rich_help_panel=_STEP
+        ),
+    ] = [f"{b:g}" for b in _COMPARE.budgets],  # noqa: B006
+    seeds: Annotated[int, typer.Option("--seeds", help="How many runs of each.", rich_help_panel=_STEP)] = (
+        _COMPARE.seeds
+    ),
+    epochs: Annotated[
+        float, typer.Option("--epochs", help="Passes over the forget set.", rich_help_panel=_STEP)
+    ] = _COMPARE.epochs,
+    learning_rates: Annotated[
+        list[str],
+        typer.Option(
+            "--learning-rates",
+            help="Tries of each baseline, commas between; K-FADE tries as many budgets.",
+            rich_help_panel=_STEP,
+        ),
+    ] = [f"{r:g}" for r in _COMPARE.learning_rates],  # noqa: B006
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Time that one run may take.", rich_help_panel=_STEP)
+    ] = _COMPARE.seconds,
+    holdout: Annotated[
+        float,
+        typer.Option("--holdout", help="Share of the retain records that no method sees.", rich_help_panel=_DATA),
+    ] = _COMPARE.holdout,
+    chat: _Chat = None,
+    batch_size: _BatchSize = 8,
+    loss_on: _LossOn = "response",
+    max_tokens: _MaxTokens = 512,
+    max_new_tokens: _MaxNew = 32,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    limit: _Limit = None,
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Compare unlearning methods at equal retain KL and equal time; draw the trade-off.
+
+    Writes report.html, points.csv, compare.json, config.yaml and runs/ into OUT; finished runs there are not run again.
+    """
+    from . import compare as comparison
+    from . import compare_report
+    from .data import check_loss_on
+    from .models import check_model
+
+    options = CompareConfig(
+        methods=_words("methods", methods), budgets=_numbers("budgets", budgets), seeds=seeds, epochs=epochs,
+        learning_rates=_numbers("learning-rates", learning_rates), seconds=seconds, holdout=holdout,
+    )  # fmt: skip
+    check_loss_on(loss_on)
+    comparison.check_methods(options.methods)
+    sets = {"forget": _records(forget, limit), "retain": _records(retain, limit)}
+    if text is not None:
+        sets["text"] = _records(text, limit)
+    for name in (model, retrained):
+        if name is not None:
+            check_model(name, dtype, device)
+    _keep(out, _effective(ctx, options))
+    progress = _start(quiet)
+    batching: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "max_tokens": max_tokens}
+    result = comparison.compare(
+        model, sets, options, out, retrained=retrained, loss_on=loss_on, max_new_tokens=max_new_tokens, dtype=dtype,
+        device=device, progress=progress, **batching,
+    )  # fmt: skip
+    with progress.stage("report"):
+        page = compare_report.write(out, "Unlearning methods compared", f"Model {model}.", [result])
+    values = {"command": "compare", "out": str(out), **result.to_json()}
+    _print(as_json, values, *_compare_tables(result))
+    for budget in options.budgets:
+        progress.say(comparison.verdict(result, budget))
+    progress.say(f"report: {page}")
 
 
 @app.command()
