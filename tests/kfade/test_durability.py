@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kfade
 from kfade.baselines import TrainConfig, finetune
+from kfade.demo import load_data
 from kfade.durability import (
     GROUPS,
     Knowledge,
@@ -27,7 +28,6 @@ from kfade.durability import (
     round_to_nearest,
     steps_to,
 )
-from kfade.demo import load_data
 from kfade.evaluate import normalise, references, scores
 from kfade.layers import output_head, select
 
@@ -82,7 +82,7 @@ def test_a_quantised_model_has_rounded_linear_layers_and_gets_every_bit_back(kin
     before = weights(model)
     layers = select(model, "all-linear")
     rounded = {f"{layer.name}.weight" for layer in layers}
-    with pytest.raises(KeyError), quantised(model, bits) as inside:
+    with quantised(model, bits) as inside:
         assert inside is model
         for name, p in model.named_parameters():
             assert torch.equal(p, before[name]) == (name not in rounded)
@@ -91,6 +91,8 @@ def test_a_quantised_model_has_rounded_linear_layers_and_gets_every_bit_back(kin
             # Conv1D keeps its weight as [d_in, d_out]; the scales are of output channels all the same.
             expected = round_to_nearest(old.T if layer.transposed else old, bits, GROUPS[bits])
             assert torch.equal(layer.weight, expected.T if layer.transposed else expected)
+    assert same(model, before)
+    with pytest.raises(KeyError), quantised(model, bits):
         raise KeyError
     assert same(model, before)
     head = output_head(model)
