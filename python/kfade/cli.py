@@ -21,6 +21,7 @@ from .config import (
     CompareConfig,
     FitConfig,
     InfluenceConfig,
+    LmEvalConfig,
     ReapplyConfig,
     TofuConfig,
     UnlearnConfig,
@@ -390,6 +391,31 @@ def _tofu_tables(result: Any) -> list[Table]:
         _table("ToFU", ["", "questions", "probability", "ROUGE-L recall", ratio], rows),
         _table("", ["", ""], whole),
     ]
+
+
+def _lm_eval_table(result: Any) -> Table:
+    """Groups, tasks and general text."""
+
+    def rows_of(names: str, scores: Mapping[str, Any]) -> list[list[str]]:
+        rows = []
+        for name, score in scores.items():
+            for key, value in score.metrics.items():
+                metric, _, which = key.partition(",")
+                if metric.endswith("_stderr"):
+                    continue
+                error = score.metrics.get(f"{metric}_stderr,{which}")
+                shots = "–" if score.shots is None else str(score.shots)
+                cells = [f"{value:.4f}", "–" if error is None else f"{error:.4f}", str(score.questions), shots]
+                rows.append([f"{name}{names}", metric if which == "none" else key, *cells])
+        return rows
+
+    rows = rows_of(" (group)", result.groups) + rows_of("", result.tasks)
+    if result.text is not None:
+        text = {"KL to the original, nats a token": result.text.kl, "perplexity": result.text.perplexity}
+        tokens = f"{result.text.tokens} tokens"
+        rows += [["general text", n, f"{v:.4g}", "–", tokens, "–"] for n, v in text.items() if v is not None]
+    head = ["", "metric", "value", "standard error", "questions", "shots"]
+    return _table(f"lm-eval {result.lm_eval}", head, rows)
 
 
 def _costs(progress: Any) -> list[dict[str, Any]]:
@@ -841,6 +867,89 @@ def evaluate_tofu(
     if out is not None:
         _keep(out, _effective(ctx, options))
     _print(as_json, {"command": "eval tofu", **result.to_json(), "costs": _costs(progress)}, *_tofu_tables(result))
+
+
+@app.command("eval lm-eval")
+def evaluate_lm_eval(
+    ctx: typer.Context,
+    model: _Model,
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Tasks or groups of lm-eval, with commas between: wmdp_bio,wmdp_cyber,mmlu.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Directory with the tasks' data sets as they lie on the hub; then nothing is fetched.",
+            show_default="lm-eval fetches them",
+        ),
+    ] = None,
+    update: _OptionalUpdate = None,
+    scale: _Scale = 1.0,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="Original model, to measure the KL on --text from.",
+            show_default="the model itself, if there is an update",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="General text for KL and perplexity: a .txt file or .jsonl.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Write lm_eval.json, a log and config.yaml here; a task whose log is here already is not measured"
+            " again.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            "--num-fewshot",
+            min=0,
+            help="Examples before each question, in tasks that do not fix it to 0.",
+            show_default="the task's own number, else 0",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            min=1,
+            help="At most so many questions a task and records of text.",
+            show_default="all",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    batch_size: _BatchSize = 8,
+    max_tokens: _MaxTokens = 512,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Evaluate a model on tasks of lm-eval, such as WMDP and MMLU, and its KL to the original on general text."""
+    from . import harness
+
+    options = LmEvalConfig(
+        tuple(name.strip() for name in tasks.split(",")), num_fewshot, limit, batch_size, max_tokens
+    )  # fmt: skip
+    progress = _start(quiet)
+    result = harness.run(
+        model, options, data=data, update=update, scale=scale, reference=reference, text=text, dtype=dtype,
+        device=device, out=out, progress=progress,
+    )  # fmt: skip
+    if out is not None:
+        _keep(out, _effective(ctx))
+    _print(as_json, {"command": "eval lm-eval", **result.to_json(), "costs": _costs(progress)}, _lm_eval_table(result))
 
 
 @app.command()

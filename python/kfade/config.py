@@ -282,6 +282,38 @@ class TofuConfig:
 
 
 @dataclass(frozen=True)
+class LmEvalConfig:
+    """How a model is evaluated by lm-eval; see `kfade.harness`.
+
+    Attributes:
+        tasks: names of tasks, groups or tags of lm-eval.
+        num_fewshot: examples before each question, in tasks whose definition does not fix it to 0; None takes the
+            definition's number, 0 where it has none.
+        limit: at most so many questions a task and records of text, the first ones; None takes all.
+        batch_size: sequences a batch.
+        max_tokens: tokens of a record of text; the rest is cut.
+    """
+
+    tasks: tuple[str, ...]
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tasks, tuple) or not all(isinstance(name, str) for name in self.tasks):
+            raise TypeError(f"tasks is {self.tasks!r}; it must be a tuple of names")
+        if not self.tasks or not all(self.tasks):
+            raise ValueError(f"tasks is {self.tasks!r}; it must have at least one name, and none empty")
+        if self.num_fewshot is not None:
+            _integer("num_fewshot", self.num_fewshot, 0)
+        if self.limit is not None:
+            _integer("limit", self.limit, 1)
+        _integer("batch_size", self.batch_size, 1)
+        _integer("max_tokens", self.max_tokens, 2)
+
+
+@dataclass(frozen=True)
 class KFACConfig:
     """How `kfade.optim.KFAC` trains a model.
 

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from . import data, models
 from .config import TRUTH_RATIOS, TofuConfig
