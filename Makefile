@@ -2,8 +2,9 @@
 # make test     the whole test suite, in an environment of its own (.venv-test)
 # make check    lint, format and types
 # make format   rewrite the code in its format
+# make report   unlearning methods against each other, in kfade-report (two hours; it can be interrupted and goes on)
 # make bench    benchmarks (slow; run nothing else meanwhile)
-# make clean    remove all of the above
+# make clean    remove all of the above, but for kfade-report
 #
 # PYTHON picks the interpreter, ARGS is handed to what is run, PIP_FLAGS to every `pip install`, e.g. for
 # the CPU build of torch: make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -23,7 +24,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check format bench compiled env-demo env-test clean
+.PHONY: demo test check format bench report compiled env-demo env-test clean
 
 demo: env-demo
 	$(DEMO)/bin/kfade demo --out kfade-demo $(ARGS)
@@ -42,6 +43,9 @@ format: env-test
 
 bench: env-test
 	$(TEST)/bin/python -m pytest benchmarks $(ARGS)
+
+report: env-test
+	$(TEST)/bin/python benchmarks/unlearning.py --out kfade-report $(ARGS)
 
 env-demo: $(DEMO)/.package
 env-test: $(TEST)/.needs

@@ -589,16 +589,19 @@ class Sweep:
         name: of what was unlearned.
         options: budgets, seeds and allowance.
         runs: all.
-        retrained: what the yardstick says of the retrained model, a mapping for each seed's model; empty without one.
+        retrained: what the yardstick and `inspect`'s values say of the retrained model, a mapping for each seed's
+            model; empty without one.
+        original: the same of the original model; its points serve where this is empty.
         questions: of which `inspect` gives replies.
         replies: to these by other models, by name: those of the original and the retrained one.
-        titles: of labels that are no method's name.
+        titles: of labels that are no method's name; where there are any, variants of K-FADE are compared.
     """
 
     name: str
     options: CompareConfig
     runs: list[Run] = field(repr=False)
     retrained: list[dict[str, Any]] = field(default_factory=list)
+    original: list[dict[str, Any]] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     replies: dict[str, list[str]] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
@@ -674,8 +677,11 @@ def verdict(sweep: Sweep, budget: float, *, ours: str = OURS) -> str:
     pairs = [(a.distance, b.distance) for a, b in zip(chosen[ours], chosen[rival], strict=False)]
     wins = sum(a < b for a, b in pairs)
     seeds = f"better in {wins} of {len(pairs)} seed{'s' * (len(pairs) > 1)}"
-    text = f"Within a retain KL of {budget:g}, {sweep.title(ours)} is at {shown(ours)} {what}"
-    text += f", the best baseline, {sweep.title(rival)}, at {shown(rival)} ({sweep.title(ours)} {seeds})."
+    kind = "variant" if sweep.titles else "baseline"
+    text = (
+        f"Within a retain KL of {budget:g}, {sweep.title(ours)} is at {shown(ours)} {what}, the best {kind},"
+        f" {sweep.title(rival)}, at {shown(rival)} ({sweep.title(ours)} {seeds})."
+    )
     worse = [m for m in order if means[m][0] < means[ours][0]]
     if worse:
         by = ", ".join(f"{sweep.title(m)} (by {means[ours][0] - means[m][0]:.2g})" for m in worse)
@@ -796,4 +802,4 @@ def compare(
     runs = sweep(task, methods, options, out / "runs", progress=progress)
     target = [] if yardstick.retrained is None else [yardstick.retrained]
     asked = [r.prompt for r in shown] if max_new_tokens else []
-    return Sweep("Comparison", options, runs, target, asked, said if asked else {})
+    return Sweep("Comparison", options, runs, target, [], asked, said if asked else {})

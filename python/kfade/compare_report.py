@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,8 @@ def _table_of(sweep: Sweep, budget: float) -> str:
         rows.append(
             f'<tr><th scope="row"><{strong}>{escape(sweep.title(method))}</{strong}></th>{html_cells(values)}</tr>'
         )
-    for name, found in (("original", [p.__dict__ for run in sweep.runs for p in run.points[:1]]),
-                        ("retrained", sweep.retrained)):  # fmt: skip
+    start = sweep.original or [asdict(run.points[0]) for run in sweep.runs]
+    for name, found in (("original", start), ("retrained", sweep.retrained)):
         if found:
             rows.append(_reference_row(sweep, name, found, others, extra, len(head)))
     return f"<h3>Within a retain KL of {budget:g} nats a token</h3>{html_table(head, rows)}"
@@ -264,9 +265,14 @@ def allowance_text(sweep: Sweep) -> str:
     tries = {m: len({run.strength for run in sweep.runs if run.method == m}) for m in _methods(sweep)}
     same = set(tries.values())
     count = f"{same.pop()}" if len(same) == 1 else "/".join(str(n) for n in tries.values())
-    text = f"Every method: {count} tries (K-FADE: budgets of its own; others: learning rates, since the published ones"
-    text += f" are for models of billions of parameters), {options.seeds} seed{'s' * (options.seeds > 1)},"
-    text += f" the same forget and retain batches, {options.epochs:g} passes over the forget set"
+    what = (
+        f"Every variant: {count} try"
+        if sweep.titles
+        else f"Every method: {count} tries (K-FADE: budgets of its own; others: learning rates, since the published"
+        " ones are for models of billions of parameters)"
+    )
+    text = f"{what}, {options.seeds} seed{'s' * (options.seeds > 1)}, the same forget and retain batches,"
+    text += f" {options.epochs:g} passes over the forget set at most"
     text += f", {options.seconds:g} s" if options.seconds is not None else ""
     how = "nearest to the retrained model" if sweep.aims else "with the highest forget NLL"
     text += f". A table shows, of all models that a method passed through on any try, the one {how} within the budget;"
