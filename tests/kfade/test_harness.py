@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from models import tiny
 from pages import run_examples
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -307,6 +308,16 @@ def test_what_is_done_is_not_done_again(home: Path, tmp_path: Path, monkeypatch:
         measured.clear()
         assert call(*arguments(home, tmp_path), *change[:2], *change[2:]).exit_code == 0
         assert measured == expected
+    # The same text in other tokens.
+    model, tokenizer = kfade.models.load_model(home / "model")
+    config = LmEvalConfig((WMDP_TASK,), limit=7)
+    tasks = harness.read_tasks(config, home / "data")
+    for normalizer in (None, normalizers.Lowercase()):
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        measured.clear()
+        for _ in range(2):
+            harness.evaluate(model, tokenizer, tasks, config, out=tmp_path / "tokens")
+        assert measured == [WMDP_TASK]
     (tmp_path / harness.LOG).write_text("{broken")
     measured.clear()
     assert call(*whole).exit_code == 0 and measured == both
@@ -357,6 +368,26 @@ def test_wrong_columns_are_named(tmp_path: Path) -> None:
         harness.read_tasks(LmEvalConfig((WMDP_TASK,)), tmp_path)
 
 
+def test_nothing_is_fetched_while_tasks_are_read_and_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def watch(*args: Any, **options: Any) -> Any:
+            seen.append((name, huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, watch)
+
+    watched(datasets, "load_dataset")
+    watched(harness, "_measure")
+    config = LmEvalConfig((WMDP_TASK,), limit=1)
+    harness.evaluate(model_of(), tokenizer_of_bytes(), harness.read_tasks(config, home / "data"), config)
+    assert seen == [("load_dataset", True, True), ("_measure", True, True)]
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+
+
 def test_definitions_are_as_they_were(home: Path) -> None:
     index = harness._manager().task_index
     before = dict(index)
@@ -369,9 +400,6 @@ def test_definitions_are_as_they_were(home: Path) -> None:
     shipped = yaml.safe_load((Path(folder[0]) / "_default_template_yaml").read_text())
     for key in ("doc_to_text", "doc_to_choice", "doc_to_target", "output_type", "metric_list", "num_fewshot"):
         assert local[key] == shipped[key]
-    import huggingface_hub
-
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_likelihood_that_is_not_finite_is_an_error(home: Path) -> None:
