@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import Batch, batch, hand_made, tiny
+from pages import run_examples
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -161,7 +162,7 @@ def _learnt() -> tuple[dict[str, Tensor], kfade.Update]:
     """A model that has learnt everything, and the update that unlearns the forget set."""
     model = _llama()
     finetune(model, FORGET + RETAIN, TrainConfig(learning_rate=1e-2, epochs=60, warmup=0, schedule="constant"))
-    config = kfade.UnlearnConfig(steps=1, kl_budget=0.05)
+    config = kfade.UnlearnConfig(kfade.FitConfig(), steps=1, kl_budget=0.05, objective="cross_entropy")
     return model.state_dict(), kfade.unlearn(model, FORGET, RETAIN, config)
 
 
@@ -388,3 +389,8 @@ def test_multi_hop_questions_name_neither_the_country_nor_its_capital() -> None:
             assert not set(normalise(name).split()) <= set(asked), record.prompt
     few = load_data(5)
     assert {record.fields["subject"] for record in few.multihop} <= {r.fields["subject"] for r in few.forget}
+
+
+def test_the_examples_of_the_page_run() -> None:
+    found = run_examples("unlearning.md")
+    assert [p.step for p in found["points"]] == [0, 4, 8]
