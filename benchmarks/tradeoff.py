@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--damping", type=float, nargs="+", default=[0.1])
     parser.add_argument("--steps", type=int, nargs="+", default=[1])
     parser.add_argument("--loss-on", nargs="+", choices=LOSSES, default=["answer"])
-    parser.add_argument("--objective", choices=("cross_entropy", "npo"), default="cross_entropy")
+    parser.add_argument("--objective", choices=("distil", "cross_entropy", "npo"), default="cross_entropy")
     parser.add_argument("--modules", default="mlp")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
     rows = []
     settings = itertools.product(curvatures, options.damping, options.loss_on, options.steps, options.budgets)
     for name, damping, loss_on, steps, budget in settings:
-        config = kfade.UnlearnConfig(
+        config = kfade.UnlearnConfig.paper(
             fit=kfade.FitConfig(curvature=name, modules=options.modules), damping=damping, steps=steps,
             kl_budget=budget, objective=options.objective,
         )  # fmt: skip
@@ -85,10 +85,11 @@ def main() -> None:
         update = kfade.unlearn(model, forget, retain, config, curvature=curvatures[name])
         seconds = time.perf_counter() - begin
         update.apply_(model)
-        last = update.report.steps[-1]
+        last = update.report.outcome
+        assert last is not None
         rows.append({
             "curvature": name, "modules": options.modules, "damping": damping, "objective": options.objective,
-            "loss_on": loss_on, "steps": len(update.report.accepted), "budget": budget, "seconds": round(seconds, 1),
+            "loss_on": loss_on, "steps": steps, "budget": budget, "seconds": round(seconds, 1),
             "budget_kl": round(last.measured_kl, 5), "retain_kl": round(scores(model, held, original).kl or 0.0, 5),
             "forget_nll": round(last.forget_nll, 3), "question": round(found(data.forget), 3),
             "paraphrase": round(found(data.paraphrases), 3),

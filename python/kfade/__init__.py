@@ -13,7 +13,7 @@ from .layers import WeightAndBias
 from .operators import CurvatureOperator
 from .progress import Progress
 from .training import FactorTracker
-from .unlearn import Step, UnlearnReport, unlearn
+from .unlearn import Outcome, Step, UnlearnReport, unlearn
 from .update import Update
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "LayerCurvature",
     "LogitVariance",
     "NonFiniteError",
+    "Outcome",
     "Predictive",
     "Progress",
     "Reapplied",

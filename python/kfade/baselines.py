@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from .fit import check_batches, device_of, model_id
 from .layers import output_head, select
 from .loss import IGNORE_INDEX, Batch, Head, autocast, check_targets
 from .progress import Progress, Stage, StageCost
+from .unlearn import cycled
 from .update import Update
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -645,15 +645,6 @@ class _Loop:
                 observe(number, seconds)
 
 
-def _cycled(batches: Sequence[Batch], count: int, seed: str) -> list[Batch]:
-    """So many batches: all of them in a random order, and again in another."""
-    order = random.Random(seed)
-    picked: list[Batch] = []
-    while len(picked) < count:
-        picked += order.sample(batches, len(batches))
-    return picked[:count]
-
-
 def _checked(batches: Iterable[Mapping[str, Tensor]] | None, device: torch.device, name: str) -> list[Batch]:
     """Batches that carry loss."""
     if batches is None:
@@ -723,10 +714,10 @@ def run_baseline(
     retain_batches = _checked(retain, device, "retain") if config.uses_retain else []
     parameters = trained_parameters(model, config)
     steps = config.steps(len(forget_batches))
-    forgets = _cycled(forget_batches, steps, f"forget {config.seed}")
+    forgets = cycled(forget_batches, steps, f"forget {config.seed}")
     retains: Sequence[Batch | None] = [None] * steps
     if retain_batches:
-        retains = _cycled(retain_batches, steps, f"retain {config.seed}")
+        retains = cycled(retain_batches, steps, f"retain {config.seed}")
     report = TrainReport(asdict(config), model_id(model), costs=progress.costs)
     with _training(model, parameters, partial=config.layer is not None):
         loop = _Loop(parameters, config, report, len(forget_batches))
@@ -781,7 +772,7 @@ def finetune(
         raise TypeError(f"config is a {type(config).__name__}; it must be a TrainConfig")
     _require_observer(every, observe)
     checked = _checked(batches, device, "batches")
-    order = _cycled(checked, config.steps(len(checked)), f"forget {config.seed}")
+    order = cycled(checked, config.steps(len(checked)), f"forget {config.seed}")
     parameters = trained_parameters(model, config)
     report = TrainReport(asdict(config), model_id(model), costs=progress.costs)
     with _training(model, parameters, partial=False):

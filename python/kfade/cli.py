@@ -225,6 +225,12 @@ _LayersPerPass = Annotated[
     ),
 ]
 _Autocast = Annotated[str, typer.Option("--autocast", help="off, bfloat16 or float16.", rich_help_panel=_CURVATURE)]
+_Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", help="Divide logits by this before the softmax of the Fisher.", rich_help_panel=_CURVATURE
+    ),
+]
 
 _STEP = "Unlearning"
 _Damping = Annotated[float, typer.Option("--damping", help="λ of the solve (F + λI)⁻¹.", rich_help_panel=_CURVATURE)]
@@ -234,7 +240,17 @@ _DampingKind = Annotated[
         "--damping-kind", help="relative (times each layer's mean eigenvalue) or absolute.", rich_help_panel=_CURVATURE
     ),
 ]
-_Steps = Annotated[int, typer.Option("--steps", help="Uphill steps.", rich_help_panel=_STEP)]
+_Steps = Annotated[int, typer.Option("--steps", help="Steps.", rich_help_panel=_STEP)]
+_BatchesPerStep = Annotated[
+    int,
+    typer.Option(
+        "--batches-per-step", min=0, help="Forget and retain batches of a step; 0 for all.", rich_help_panel=_STEP
+    ),
+]
+_StepShare = Annotated[
+    float,
+    typer.Option("--step-share", help="Predicted KL of the first step, a share of the budget.", rich_help_panel=_STEP),
+]
 _KlBudget = Annotated[
     float | None,
     typer.Option(
@@ -247,19 +263,23 @@ _KlBudget = Annotated[
 _StepSize = Annotated[
     float | None, typer.Option("--step-size", help="η of every step, instead of a budget.", rich_help_panel=_STEP)
 ]
-_Objective = Annotated[str, typer.Option("--objective", help="cross_entropy, or npo (bounded).", rich_help_panel=_STEP)]
-_NpoBeta = Annotated[float, typer.Option("--npo-beta", help="Inverse temperature of npo.", rich_help_panel=_STEP)]
-_RetainTerm = Annotated[
-    bool,
+_Objective = Annotated[
+    str,
     typer.Option(
-        "--retain-term/--no-retain-term",
-        help="Put the gradient of the retain KL into the solve from step 2 on.",
-        rich_help_panel=_STEP,
+        "--objective", help="distil (towards outputs that do not know), npo or cross_entropy.", rich_help_panel=_STEP
     ),
 ]
+_Margin = Annotated[
+    float, typer.Option("--margin", help="distil: nats by which a label's logit is lowered.", rich_help_panel=_STEP)
+]
+_TargetTemperature = Annotated[
+    float,
+    typer.Option("--target-temperature", help="distil: flatten the target's logits by this.", rich_help_panel=_STEP),
+]
+_NpoBeta = Annotated[float, typer.Option("--npo-beta", help="Inverse temperature of npo.", rich_help_panel=_STEP)]
 _RetainWeight = Annotated[
     float,
-    typer.Option("--retain-weight", help="Largest weight tried for it; the search goes down.", rich_help_panel=_STEP),
+    typer.Option("--retain-weight", help="Weight of the retain KL's gradient; 0 leaves it out.", rich_help_panel=_STEP),
 ]
 _RefitEvery = Annotated[
     int,
@@ -269,7 +289,7 @@ _Holdout = Annotated[
     float, typer.Option("--holdout", help="Share of the retain sequences that only measures KL.", rich_help_panel=_STEP)
 ]
 _Trials = Annotated[
-    int, typer.Option("--trials", help="At most so many measurements for one step size.", rich_help_panel=_STEP)
+    int, typer.Option("--trials", help="At most so many measurements for the scale.", rich_help_panel=_STEP)
 ]
 
 
@@ -281,6 +301,7 @@ def _unlearn_options(options: Mapping[str, Any]) -> UnlearnConfig:
     values = {f.name: options[f.name] for f in fields(UnlearnConfig) if f.name != "fit"}
     if values["step_size"] is None and values["kl_budget"] is None:
         values["kl_budget"] = _UNLEARN.kl_budget
+    values["batches_per_step"] = values["batches_per_step"] or None
     return unlearn_config({**values, "fit": _fit_options(options)})
 
 
@@ -423,16 +444,19 @@ def _costs(progress: Any) -> list[dict[str, Any]]:
 
 
 def _steps_table(report: Any) -> Table:
+    looks = [(f"{s.number}", s.eta, s) for s in report.steps]
+    end = report.outcome
+    looks += [] if end is None else [("end (dropped)" if end.reason else "end", end.scale, end)]
     rows = [
         [
-            f"{s.number}" if s.accepted else f"{s.number} (rolled back)",
-            f"{s.eta:.3g}",
+            name,
+            f"{size:.3g}",
             *(f"{kl:.3g}" for kl in (s.predicted_kl, s.measured_kl)),
             *(f"{nll:.3f}" for nll in (s.forget_nll, s.retain_nll)),
         ]
-        for s in report.steps
+        for name, size, s in looks
     ]
-    return _table("Steps", ["step", "η", "predicted KL", "measured KL", "forget NLL", "retain NLL"], rows)
+    return _table("Steps", ["step", "η, scale", "predicted KL", "measured KL", "forget NLL", "retain NLL"], rows)
 
 
 def _compare_tables(result: Any) -> list[Table]:
@@ -478,6 +502,7 @@ def fit(
     seed: _Seed = _FIT.seed,
     layers_per_pass: _LayersPerPass = _FIT.layers_per_pass,
     autocast: _Autocast = _FIT.autocast,
+    temperature: _Temperature = _FIT.temperature,
     chat: _Chat = None,
     batch_size: _BatchSize = 8,
     max_tokens: _MaxTokens = 512,
@@ -532,21 +557,25 @@ def unlearn(
             rich_help_panel=_CURVATURE,
         ),
     ] = None,
-    curvature: _Curvature = _FIT.curvature,
-    fisher: _Fisher = _FIT.fisher,
-    modules: _Modules = _FIT.modules,
-    samples: _Samples = _FIT.samples,
-    seed: _Seed = _FIT.seed,
-    layers_per_pass: _LayersPerPass = _FIT.layers_per_pass,
-    autocast: _Autocast = _FIT.autocast,
+    curvature: _Curvature = _UNLEARN.fit.curvature,
+    fisher: _Fisher = _UNLEARN.fit.fisher,
+    modules: _Modules = _UNLEARN.fit.modules,
+    samples: _Samples = _UNLEARN.fit.samples,
+    seed: _Seed = _UNLEARN.fit.seed,
+    layers_per_pass: _LayersPerPass = _UNLEARN.fit.layers_per_pass,
+    autocast: _Autocast = _UNLEARN.fit.autocast,
+    temperature: _Temperature = _UNLEARN.fit.temperature,
     damping: _Damping = _UNLEARN.damping,
     damping_kind: _DampingKind = _UNLEARN.damping_kind,
     steps: _Steps = _UNLEARN.steps,
+    batches_per_step: _BatchesPerStep = 1,
     kl_budget: _KlBudget = None,
     step_size: _StepSize = _UNLEARN.step_size,
+    step_share: _StepShare = _UNLEARN.step_share,
     objective: _Objective = _UNLEARN.objective,
+    margin: _Margin = _UNLEARN.margin,
+    target_temperature: _TargetTemperature = _UNLEARN.target_temperature,
     npo_beta: _NpoBeta = _UNLEARN.npo_beta,
-    retain_term: _RetainTerm = _UNLEARN.retain_term,
     retain_weight: _RetainWeight = _UNLEARN.retain_weight,
     refit_every: _RefitEvery = _UNLEARN.refit_every,
     holdout: _Holdout = _UNLEARN.holdout,

@@ -10,7 +10,7 @@ from typing import Any
 CURVATURES = ("identity", "diagonal", "kfac", "ekfac")
 FISHERS = ("sampled", "empirical")
 DAMPINGS = ("relative", "absolute")
-OBJECTIVES = ("cross_entropy", "npo")
+OBJECTIVES = ("distil", "npo", "cross_entropy")
 FORGET_SPLITS = ("forget01", "forget05", "forget10")
 TRUTH_RATIOS = ("geometric", "arithmetic")
 AUTOCASTS = ("off", "bfloat16", "float16")
@@ -59,6 +59,8 @@ class FitConfig:
         layers_per_pass: at most so many layers collect at a time, each group of them with its own
             passes over the data; None collects all at once.
         autocast: `off`, `bfloat16` or `float16`: run the model under autocast.
+        temperature: T, by which logits are divided before the softmax whose Fisher is taken. Beyond 1 it sees
+            directions that a model has become sure in, where its own Fisher is nearly 0 and grows as soon as it moves.
     """
 
     curvature: str = "ekfac"
@@ -68,6 +70,7 @@ class FitConfig:
     seed: int = 0
     layers_per_pass: int | None = None
     autocast: str = "off"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         _one_of("curvature", self.curvature, CURVATURES)
@@ -81,6 +84,7 @@ class FitConfig:
         _integer("seed", self.seed, 0)
         if self.layers_per_pass is not None:
             _integer("layers_per_pass", self.layers_per_pass, 1)
+        _number("temperature", self.temperature, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -92,30 +96,40 @@ class UnlearnConfig:
         damping: λ of the solve.
         damping_kind: `relative` multiplies `damping` by the mean eigenvalue of each layer;
             `absolute` takes it as it is, in the unit of Λ.
-        steps: number of uphill steps.
-        kl_budget: retain KL, in nats a token on held-out retain sequences, that the last step may
-            reach; earlier steps get an equal share. None when `step_size` is given.
+        objective: what a step descends on the forget set. `distil` is the KL from a target that does not know:
+            the original model's outputs with the logit of each label lowered, and flattened. `npo` and
+            `cross_entropy` (the paper's, which has no bound) ascend the loss; `npo` weights each sequence by how
+            much of it is still remembered.
+        margin: by how much `distil` lowers the logit of a label, in nats.
+        target_temperature: what `distil` divides the target's logits by.
+        npo_beta: inverse temperature of `npo`.
+        steps: number of steps.
+        batches_per_step: forget batches, and retain batches, of one step; None takes all of both.
+        kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
+            `step_size` is given.
+        step_share: predicted KL of the first step as a share of the budget; later steps shrink to nothing linearly
+            in length, and the share is corrected on the way where the measured KL is four times off the budget. A
+            single step has the length that the measured KL allows.
         step_size: η of every step, instead of a budget.
-        objective: `cross_entropy` (the paper's), or `npo`, bounded: each sequence's gradient is
-            weighted by how much of it is still remembered.
-        npo_beta: inverse temperature of the bounded objective.
-        retain_term: from the second step on, put the gradient of the retain KL into the solve.
-        retain_weight: largest weight c that is tried for it; the search goes down from there.
+        retain_weight: c, the weight of the gradient of the retain KL in every step; 0 leaves it out.
         refit_every: refit the curvature every so many steps; 0 never.
-        holdout: share of the retain sequences kept out of the fit, on which KL is measured.
-        trials: at most so many measurements of KL for one step size, and for one weight c.
+        holdout: share of the retain sequences kept out of the fit and of the steps, on which KL is measured.
+        trials: at most so many measurements of KL, for the scale of the update.
     """
 
-    fit: FitConfig = field(default_factory=FitConfig)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(temperature=3.0))
     damping: float = 0.1
     damping_kind: str = "relative"
-    steps: int = 4
-    kl_budget: float | None = 0.02
-    step_size: float | None = None
-    objective: str = "cross_entropy"
+    objective: str = "distil"
+    margin: float = 5.0
+    target_temperature: float = 2.0
     npo_beta: float = 0.1
-    retain_term: bool = True
-    retain_weight: float = 0.1
+    steps: int = 40
+    batches_per_step: int | None = 1
+    kl_budget: float | None = 0.02
+    step_share: float = 0.02
+    step_size: float | None = None
+    retain_weight: float = 10.0
     refit_every: int = 0
     holdout: float = 0.2
     trials: int = 8
@@ -126,22 +140,43 @@ class UnlearnConfig:
         _one_of("damping_kind", self.damping_kind, DAMPINGS)
         _one_of("objective", self.objective, OBJECTIVES)
         _number("damping", self.damping, minimum=0.0)
+        _number("margin", self.margin, minimum=0.0)
+        _number("target_temperature", self.target_temperature, above=0.0)
         _integer("steps", self.steps, 1)
+        if self.batches_per_step is not None:
+            _integer("batches_per_step", self.batches_per_step, 1)
         if (self.kl_budget is None) == (self.step_size is None):
             raise ValueError(
                 f"kl_budget is {self.kl_budget} and step_size is {self.step_size}; exactly one must be given"
             )
         if self.kl_budget is not None:
             _number("kl_budget", self.kl_budget, above=0.0)
+        _number("step_share", self.step_share, above=0.0)
         if self.step_size is not None:
             _number("step_size", self.step_size, above=0.0)
         _number("npo_beta", self.npo_beta, above=0.0)
-        _number("retain_weight", self.retain_weight, above=0.0)
+        _number("retain_weight", self.retain_weight, minimum=0.0)
         _integer("refit_every", self.refit_every, 0)
         _number("holdout", self.holdout, above=0.0)
         if self.holdout >= 1:
             raise ValueError(f"holdout is {self.holdout}; it must be a share below 1")
         _integer("trials", self.trials, 1)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> UnlearnConfig:
+        """One uphill step on the cross-entropy of the whole forget set, `η (F + λI)⁻¹ ∇L`, as published.
+
+        Args:
+            changes: fields to set otherwise.
+        """
+        values: dict[str, Any] = {
+            "fit": FitConfig(),
+            "objective": "cross_entropy",
+            "steps": 1,
+            "batches_per_step": None,
+            "retain_weight": 0.0,
+        }
+        return cls(**{**values, **changes})
 
 
 @dataclass(frozen=True)

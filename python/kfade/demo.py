@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .config import FitConfig, UnlearnConfig
+from .config import UnlearnConfig
 from .data import Record, make_batches, read_jsonl
 from .evaluate import Evaluation, Generation, generations, references, scores, share_found
 from .models import demo_model, load_model
@@ -15,7 +15,7 @@ from .report import Comparison, spread, write_report
 from .unlearn import UnlearnReport, unlearn
 from .update import Update
 
-CONFIG = UnlearnConfig(FitConfig(modules="mlp"), damping=0.1, damping_kind="relative", steps=1, kl_budget=0.002)
+CONFIG = UnlearnConfig.paper(kl_budget=0.002)
 DATA = Path(__file__).parent / "data" / "demo"
 NEW_TOKENS = 16
 BATCH = 32

@@ -114,9 +114,9 @@ def run_fisher(
             with capture.running(batch) as rows:
                 for sample in range(config.samples):
                     if config.fisher == "sampled":
-                        _, grad, nll = head.sampled(rows, batch, config.seed, sample)
+                        _, grad, nll = head.sampled(rows, batch, config.seed, sample, config.temperature)
                     else:
-                        _, grad, nll = head.labelled(rows, batch)
+                        _, grad, nll = head.labelled(rows, batch, config.temperature)
                     collector.finite.see(nll, batch, "the loss")
                     rows.backward(grad, retain_graph=sample + 1 < config.samples)
                     capture.flush(batch)
@@ -290,7 +290,7 @@ def sampled_labels(
         head = Head(model, checked[0], tracked, config.autocast)
         for batch in checked:
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
-            drawn, _, _ = head.sampled(head.rows(batch), batch, config.seed, sample)
+            drawn, _, _ = head.sampled(head.rows(batch), batch, config.seed, sample, config.temperature)
             labels[:, 1:][batch.loss_mask[:, :-1]] = drawn
             result.append(labels)
     return result

@@ -163,6 +163,30 @@ def autocast(kind: str, device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=getattr(torch, kind))
 
 
+@dataclass(frozen=True)
+class Ignorance:
+    """Outputs of a model that does not know the labels: `softmax((z − margin · e_label) / temperature)`.
+
+    Lowering the label's logit is the target of UNDIAL (Dong et al. 2024, arXiv 2402.10052). What is left of a
+    memorised position is as sure of itself as the model was of the label; the temperature takes that away.
+
+    Attributes:
+        labels: int64 `[N]`.
+        margin: in nats.
+        temperature: of the softmax.
+    """
+
+    labels: Tensor
+    margin: float
+    temperature: float
+
+    def of(self, logits: Tensor, part: slice) -> Tensor:
+        """The target's logits, from the original ones `[n, V]` of some of the rows."""
+        lowered = logits.clone()
+        lowered[torch.arange(len(logits), device=logits.device), self.labels[part]] -= self.margin
+        return lowered.div_(self.temperature)
+
+
 class Head:
     """Runs a model up to its loss rows.
 
@@ -233,40 +257,56 @@ class Head:
         picked: Tensor = output.flatten(0, 1).index_select(0, index)
         return picked
 
+    def _divided(self, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """Detached rows and bias of the logits divided by a temperature."""
+        x, bias = self._detached(rows), self.bias
+        if temperature == 1:
+            return x, bias
+        return x / temperature, None if bias is None else bias / temperature
+
     def _detached(self, rows: Tensor) -> Tensor:
         """Rows without their graph, in the dtype of the projection."""
         return rows.detach() if self.weight is None else rows.detach().to(self.weight.dtype)
 
-    def sampled(self, rows: Tensor, batch: Batch, seed: int, sample: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sampled(
+        self, rows: Tensor, batch: Batch, seed: int, sample: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Labels `[N]` drawn from the softmax, gradient of `Σ −log p` on the rows, and `−log p [N]`.
+
+        With a temperature, p is the softmax of logits divided by it.
 
         A label is a function of the seed, the sample, its sequence's own tokens, its position, and the kind of
         device: a GPU draws by Gumbel-max, in one pass over the words, and a CPU by inverse CDF, which needs one
         random number a row in the place of one a word.
         """
         streams = sequence_keys(batch, seed).unsqueeze(1) + 7_919 * sample
-        x, weight, bias = self._detached(rows), self.weight, self.bias
+        weight = self.weight
+        x, bias = self._divided(rows, temperature)
         if rows.device.type == "cpu":
             uniform = counter_uniform(streams, batch.positions).flatten()[batch.loss_index]
             found = sampled_cross_entropy(x, uniform, weight=weight, bias=bias)
         else:
             keys = counter_bits(streams, batch.positions).flatten()[batch.loss_index]
             found = sampled_cross_entropy(x, keys=keys, weight=weight, bias=bias)
-        return found.labels, found.grad.to(rows.dtype), found.nll
+        return found.labels, (found.grad / temperature).to(rows.dtype), found.nll
 
-    def labelled(self, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def labelled(self, rows: Tensor, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """The same for the labels of the data."""
         check_targets(batch, rows.shape[1] if self.weight is None else self.weight.shape[0])
         labels = batch.targets
-        found = sampled_cross_entropy(self._detached(rows), labels=labels, weight=self.weight, bias=self.bias)
-        return found.labels, found.grad.to(rows.dtype), found.nll
+        x, bias = self._divided(rows, temperature)
+        found = sampled_cross_entropy(x, labels=labels, weight=self.weight, bias=bias)
+        return found.labels, (found.grad / temperature).to(rows.dtype), found.nll
 
-    def kl(self, rows: Tensor, reference: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
-        """KL(p_reference ‖ p) of each row `[N]` in nats, and its gradient on the rows.
+    def kl(
+        self, rows: Tensor, reference: Tensor, *, target: Ignorance | None = None, gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """KL(q ‖ p) of each row `[N]` in nats, and its gradient on the rows.
 
         Args:
-            rows: of the model as it is.
+            rows: of the model as it is, whose outputs are p.
             reference: rows of the original model at the same positions.
+            target: how q is made from the original outputs; None takes them as they are.
             gradient: whether the gradient is wanted; without, what is returned for it is empty.
         """
         weight, bias = self.weight, self.bias
@@ -276,16 +316,19 @@ class Head:
         step = rows_per_chunk(2 * vocabulary, 0, rows.device)
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
-            logs = []
+            logs: list[Tensor] = []
             for x in (self._detached(reference[part]), self._detached(rows[part])):
                 logits = x if weight is None else nn.functional.linear(x, weight, bias)
-                logs.append(logits.to(torch.float64 if x.dtype == torch.float64 else torch.float32).log_softmax(-1))
-            log_p0, log_p = logs
-            p0 = log_p0.exp()
-            divergence[part] = (p0 * (log_p0 - log_p)).sum(-1).double()
+                logits = logits.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+                if target is not None and not logs:
+                    logits = target.of(logits, part)
+                logs.append(logits.log_softmax(-1))
+            log_q, log_p = logs
+            q = log_q.exp()
+            divergence[part] = (q * (log_q - log_p)).sum(-1).double()
             if not gradient:
                 continue
-            difference = log_p.exp_().sub_(p0)
+            difference = log_p.exp_().sub_(q)
             grad[part] = difference if weight is None else (difference.to(weight.dtype) @ weight).to(grad.dtype)
         return divergence, grad
 

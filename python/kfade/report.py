@@ -18,7 +18,7 @@ from typing import Any
 from .evaluate import Evaluation, Generation
 from .progress import StageCost
 from .storage import write_text
-from .unlearn import UnlearnReport
+from .unlearn import Outcome, Step, UnlearnReport
 
 FORMAT = "kfade-report"
 VERSION = 1
@@ -194,13 +194,21 @@ def _whole_steps(axes: Any, last: int) -> None:
     axes.set_xlabel("step")
 
 
+def _course(report: UnlearnReport, key: str, start: float) -> tuple[list[int], list[float]]:
+    """Steps, and a figure of the states after them; the last is what was kept."""
+    end = [] if report.outcome is None else [report.outcome]
+    total = report.config.get("steps", 1)
+    looks = [step for step in report.steps if not end or step.number < total]
+    numbers = [0, *(step.number for step in looks), *[total] * len(end)]
+    return numbers, _finite([start, *(getattr(state, key) for state in (*looks, *end))])
+
+
 def _draw_losses(axes: Any, report: UnlearnReport) -> None:
-    numbers = [0, *(step.number for step in report.steps)]
     for name, start, key, colour, marker in (
         ("forget", report.forget_nll, "forget_nll", ORANGE, "o"),
         ("retain, held out", report.retain_nll, "retain_nll", BLUE, "s"),
     ):
-        values = _finite([start, *(getattr(step, key) for step in report.steps)])
+        numbers, values = _course(report, key, start)
         axes.plot(numbers, values, color=colour, marker=marker, label=name, clip_on=False)
     _whole_steps(axes, numbers[-1])
     axes.set_ylim(bottom=0)
@@ -209,14 +217,11 @@ def _draw_losses(axes: Any, report: UnlearnReport) -> None:
 
 
 def _draw_kl(axes: Any, report: UnlearnReport) -> None:
-    numbers = [0, *(step.number for step in report.steps)]
-    budget, total = report.config.get("kl_budget"), report.config.get("steps", len(report.steps))
+    numbers, measured = _course(report, "measured_kl", 0.0)
+    _, predicted = _course(report, "predicted_kl", 0.0)
+    budget = report.config.get("kl_budget")
     if budget is not None:
-        axes.plot(
-            numbers, [budget * n / total for n in numbers], color=GREY, linestyle="--", linewidth=1.4, label="budget"
-        )
-    measured = _finite([0.0, *(step.measured_kl for step in report.steps)])
-    predicted = _finite([0.0, *(step.predicted_kl for step in report.steps)])
+        axes.axhline(budget, color=GREY, linestyle="--", linewidth=1.4, label="budget of the end")
     axes.plot(numbers, measured, color=BLUE, marker="s", label="measured", clip_on=False)
     axes.plot(numbers, predicted, color=ORANGE, marker="o", label="predicted ½ΔᵀFΔ", clip_on=False)
     _whole_steps(axes, numbers[-1])
@@ -225,38 +230,24 @@ def _draw_kl(axes: Any, report: UnlearnReport) -> None:
     axes.legend(loc="best")
 
 
-def _trial_points(report: UnlearnReport) -> list[tuple[int, float, float]]:
+def _trial_points(report: UnlearnReport) -> list[tuple[float, float]]:
     return [
-        (step.number, trial.predicted_kl, trial.measured_kl)
-        for step in report.steps
-        for trial in step.trials
+        (trial.predicted_kl, trial.measured_kl)
+        for trial in (report.outcome.trials if report.outcome is not None else ())
         if 0 < trial.predicted_kl < math.inf and 0 < trial.measured_kl < math.inf
     ]
 
 
 def _draw_trials(axes: Any, report: UnlearnReport) -> None:
     points = _trial_points(report)
-    values = [value for _, *pair in points for value in pair]
+    values = [value for pair in points for value in pair]
     low, high = min(values) / 1.6, max(values) * 1.6
     axes.plot([low, high], [low, high], color=GREY, linewidth=1.2, linestyle="--", label="equal")
-    markers = "osD^vPX*"
-    shades = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-    for index, number in enumerate(sorted({n for n, _, _ in points})):
-        some = [(p, m) for n, p, m in points if n == number]
-        axes.scatter(
-            [p for p, _ in some],
-            [m for _, m in some],
-            color=shades[index % len(shades)],
-            marker=markers[index % len(markers)],
-            s=34,
-            alpha=0.85,
-            linewidths=0,
-            label=f"step {number}",
-        )
+    axes.scatter(*zip(*points, strict=True), color=BLUE, s=34, alpha=0.85, linewidths=0, label="trial")
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes.set_xlabel("predicted KL (nats/token)")
     axes.set_ylabel("measured KL (nats/token)")
-    axes.legend(loc="upper left", ncols=1 + len(axes.get_legend_handles_labels()[0]) // 6, fontsize=9)
+    axes.legend(loc="upper left")
 
 
 def _draw_costs(axes: Any, costs: Sequence[StageCost]) -> None:
@@ -339,7 +330,7 @@ def _tile(name: str, value: str, note: str = "") -> str:
 
 
 def _tiles(report: UnlearnReport, comparisons: Sequence[Comparison]) -> str:
-    last = report.accepted[-1] if report.accepted else None
+    last = report.outcome
     nll = last.forget_nll if last else report.forget_nll
     retain = last.retain_nll if last else report.retain_nll
     tiles = [
@@ -385,7 +376,7 @@ def html_figure(title: str, note: str, svg: str) -> str:
 
 def _charts(report: UnlearnReport) -> str:
     figures = []
-    if report.steps:
+    if report.outcome is not None:
         figures.append(
             html_figure(
                 "Loss by step",
@@ -396,7 +387,7 @@ def _charts(report: UnlearnReport) -> str:
         figures.append(
             html_figure(
                 "Retain KL by step",
-                "To the original model, on held-out retain sequences.",
+                "On held-out retain sequences: on a few along the way, on all at the end, after scaling.",
                 svg_of(lambda axes: _draw_kl(axes, report), "Predicted and measured retain KL by step"),
             )
         )
@@ -404,7 +395,7 @@ def _charts(report: UnlearnReport) -> str:
         figures.append(
             html_figure(
                 "Predicted and measured KL of every trial",
-                "Above the dashed line the step cost more than the curvature predicted.",
+                "The search for the scale; above the dashed line it costs more than the curvature predicted.",
                 svg_of(
                     lambda axes: _draw_trials(axes, report), "Measured against predicted KL of all trials", 5.6, 4.2
                 ),
@@ -451,25 +442,23 @@ def _evaluation(comparisons: Sequence[Comparison]) -> str:
 
 
 def _steps(report: UnlearnReport) -> str:
+    end = report.outcome
+    states: list[tuple[str, str, float, Step | Outcome]]
+    states = [(f"after {step.number}", "", step.eta, step) for step in report.steps]
+    if end is not None:
+        mark = "no" if end.reason else "yes"
+        verdict = f'<span class="{mark}">{"dropped" if end.reason else "kept"}</span>'
+        states.append(("end", verdict, end.scale, end))
     rows = []
-    for step in report.steps:
-        verdict = "taken" if step.accepted else "rolled back"
-        cells = html_cells(
-            [
-                number_text(step.eta, 4),
-                f"{step.retain_weight:.3g}",
-                number_text(step.predicted_kl, 4),
-                number_text(step.measured_kl, 4),
-                number_text(step.forget_nll),
-                number_text(step.retain_nll),
-                str(len(step.trials)),
-                "yes" if step.refitted else "no",
-            ]
-        )
-        mark = "yes" if step.accepted else "no"
-        rows.append(f'<tr><th scope="row">{step.number} <span class="{mark}">{verdict}</span></th>{cells}</tr>')
-    head = ["step", "η", "c", "predicted KL", "measured KL", "forget NLL", "retain NLL", "trials", "refitted"]
-    note = '<p class="soft">η is the step size, c the weight of the retain-KL gradient; KL and NLL in nats a token.</p>'
+    for name, verdict, size, state in states:
+        figures = [number_text(x, 4) for x in (size, state.predicted_kl, state.measured_kl)]
+        figures += [number_text(x) for x in (state.forget_nll, state.retain_nll)]
+        rows.append(f'<tr><th scope="row">{name} {verdict}</th>{html_cells(figures)}</tr>')
+    head = ["steps", "η, scale", "predicted KL", "measured KL", "forget NLL", "retain NLL"]
+    note = (
+        '<p class="soft">η is the size of the last step, and of the end the factor by which the whole change was scaled'
+        " into the budget. KL and NLL in nats a token, on a few batches along the way and on all at the end.</p>"
+    )
     return f"<h2>Steps</h2>{html_table(head, rows)}{note}" if rows else ""
 
 
@@ -534,9 +523,11 @@ def to_html(
     title: str = "Unlearning report",
 ) -> str:
     """The page; see `write_report`."""
-    steps = len(report.accepted)
+    scale = report.outcome.scale if report.outcome is not None else 0.0
     model = Path(report.model_id).name if Path(report.model_id).is_absolute() else report.model_id
-    lead = f"Model {model}. {steps} of {report.config.get('steps', steps)} steps taken."
+    steps = report.config.get("steps", 1)
+    end = f"scale {scale:.3g}" if scale else "none kept"
+    lead = f"Model {model}. {steps} step{'s' * (steps > 1)} taken, {end}."
     parts = [
         f"<header><h1>{escape(title)}</h1><p class=soft>{escape(lead)}</p></header>",
         _tiles(report, comparisons),

@@ -1,19 +1,23 @@
-"""`unlearn`: uphill Gauss-Newton steps on a forget set, within a budget of measured retain KL.
+"""`unlearn`: Gauss-Newton steps away from a forget set, within a budget of measured retain KL.
 
-One step from the accumulated change Δ is
+One step from the accumulated change Δ, on one batch of the forget set and one of the retain set, is
 
-    Δ ← Δ + (F + λI)⁻¹ (η ∇L_forget − c ∇KL_retain)
+    Δ ← Δ − η (F + λI)⁻¹ (∇L + c ∇KL_retain)
 
-with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568), the
-second gradient from the second step on. The weight c is one whose step lowers the KL to the original
-model most, as measured on held-out retain sequences; η is then the largest whose measured
-KL stays within the step's share of the budget. The quadratic prediction `½ Δᵀ F Δ` only says where
-the search begins: steps of merely predicted size diverge.
+with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568) and L what is descended on
+the forget set: by default the KL from outputs that do not know the labels, so that a step stops where nothing is left
+to forget. η makes the predicted KL of a step, `½ η² dᵀ(F + λI)d`, a share of the budget, and falls linearly to zero;
+the share is corrected where the measured KL is far from the budget on the way. At the end the whole change is scaled
+down to the largest whose KL, *measured* on held-out retain sequences, is within the budget; a single step has just
+that length (`UnlearnConfig.paper` is the published one). Predictions only say where the search begins: steps of merely
+predicted size diverge.
 """
 
 from __future__ import annotations
 
 import math
+import random
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -27,16 +31,21 @@ from .config import UnlearnConfig, to_dict
 from .curvature import Curvature
 from .fit import check_batches, device_of, fit, model_id, state_dtype
 from .layers import Layer, select
-from .loss import Batch, Head, require_finite
+from .loss import Batch, Head, Ignorance, require_finite
 from .progress import Progress, Stage, StageCost
 from .update import Update
 
 Matrices = dict[str, Tensor]
+# Looks at the state on the way: so many, each at as many batches as this part of the steps.
+LOOKS = 4
+GLANCE = 8
+# A look that finds the measured KL so many times off the budget corrects the predicted KL of later steps by as much.
+OFF = 4.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement of the search for η."""
+    """One measurement of the search for a scale."""
 
     eta: float
     predicted_kl: float
@@ -45,31 +54,43 @@ class Trial:
 
 @dataclass(frozen=True)
 class Step:
-    """One step, taken or rolled back.
+    """The state after some steps, looked at on a few batches.
 
     Attributes:
-        number: from 1.
-        accepted: whether it was taken.
-        reason: why not, if it was not.
-        eta: step size.
-        retain_weight: c, the weight of the retain-KL gradient.
+        number: of steps taken.
+        eta: size of the last of them.
         predicted_kl: `½ Δᵀ F Δ` of the whole change, nats a token.
         measured_kl: KL to the original model on held-out retain sequences, nats a token.
-        forget_nll, retain_nll: token means after the step; retain on the held-out sequences.
-        refitted: the curvature was fitted anew before this step.
-        trials: the measurements behind η.
+        forget_nll, retain_nll: token means; retain on the held-out sequences.
+        refitted: how often the curvature was fitted anew before.
     """
 
     number: int
-    accepted: bool
-    reason: str
     eta: float
-    retain_weight: float
     predicted_kl: float
     measured_kl: float
     forget_nll: float
     retain_nll: float
-    refitted: bool
+    refitted: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with, measured on all held-out retain and all forget sequences.
+
+    Attributes:
+        scale: factor of the change that the steps made; 0 if nothing was kept.
+        reason: why it is 0, if it is.
+        predicted_kl, measured_kl, forget_nll, retain_nll: as in `Step`, of the scaled change.
+        trials: the measurements behind the scale.
+    """
+
+    scale: float
+    reason: str
+    predicted_kl: float
+    measured_kl: float
+    forget_nll: float
+    retain_nll: float
     trials: tuple[Trial, ...]
 
 
@@ -81,7 +102,9 @@ class UnlearnReport:
         config: its options.
         model_id: the model.
         forget_nll, retain_nll: token means before the first step.
-        steps: the steps.
+        steps: looks on the way.
+        outcome: the end; None until it is there.
+        tokens: run forward and backward by the steps, those of fits apart.
         costs: of the stages.
         warnings: what a reader should know.
     """
@@ -91,12 +114,10 @@ class UnlearnReport:
     forget_nll: float
     retain_nll: float
     steps: list[Step] = field(default_factory=list)
+    outcome: Outcome | None = None
+    tokens: int = 0
     costs: list[StageCost] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def accepted(self) -> list[Step]:
-        return [step for step in self.steps if step.accepted]
 
     def summary(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -192,35 +213,18 @@ class _Run:
         """Only the tracked parameters take gradients; what they had in `.grad` comes back at the end."""
         return trained(self.model, [p for layer in self.layers for p in layer.parameters().values()])
 
-    def forget_gradient(
-        self, batches: Sequence[Batch], start: Sequence[Tensor], stage: Stage
-    ) -> tuple[Matrices, float]:
-        """Gradient of the forget objective (token mean), and the token-mean NLL."""
-        tokens = sum(len(batch.loss_index) for batch in batches)
-        total = 0.0
-        with self._tracked():
-            for batch, before in zip(batches, start, strict=True):
-                rows = self.head.rows(batch)
-                _, grad, nll = self.head.labelled(rows, batch)
-                require_finite(nll, batch, "the forget loss")
-                total += float(nll.sum(dtype=torch.float64))
-                if self.config.objective == "npo":
-                    weight = npo_weights(batch.sequence_sums(nll), before, self.config.npo_beta)
-                    sequence = batch.loss_index // batch.input_ids.shape[1]
-                    grad = grad * weight[sequence].unsqueeze(1).to(grad.dtype)
-                rows.backward(grad / tokens)
-                stage.advance(batch.tokens)
-            return self._gradient_matrices(), total / tokens
+    def gradient(self, parts: Sequence[tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]]) -> Matrices:
+        """Gradient of a weighted sum of losses, each a token mean.
 
-    def kl_gradient(self, batches: Sequence[Batch], references: Sequence[Tensor], stage: Stage) -> Matrices:
-        """Gradient of the mean KL to the references (token mean)."""
-        tokens = sum(len(batch.loss_index) for batch in batches)
+        Args:
+            parts: a weight, batches, and what gives the gradient of their summed loss on rows.
+        """
         with self._tracked():
-            for batch, reference in zip(batches, references, strict=True):
-                rows = self.head.rows(batch)
-                _, grad = self.head.kl(rows, reference)
-                rows.backward(grad / tokens)
-                stage.advance(batch.tokens)
+            for weight, batches, on_rows in parts:
+                tokens = sum(len(batch.loss_index) for batch in batches)
+                for batch in batches:
+                    rows = self.head.rows(batch)
+                    rows.backward(on_rows(rows, batch) * (weight / tokens))
             return self._gradient_matrices()
 
 
@@ -237,30 +241,22 @@ def npo_weights(nll: Tensor, start: Tensor, beta: float) -> Tensor:
     return 2 * torch.sigmoid(beta * (start - nll))
 
 
-def _combine(*terms: tuple[float, Matrices]) -> Matrices:
-    names = terms[0][1]
-    return {name: sum((weight * m[name] for weight, m in terms[1:]), terms[0][0] * terms[0][1][name]) for name in names}
+def _half_square(curvature: Curvature, change: Matrices) -> float:
+    """`½ Δᵀ F Δ`, the predicted KL in nats a token."""
+    return 0.5 * sum(curvature[name].product(matrix, matrix) for name, matrix in change.items())
 
 
-class _Quadratic:
-    """The prediction `½ (Δ + ηd)ᵀ F (Δ + ηd)` as a polynomial in η."""
+def _scaled(change: Matrices, factor: float) -> Matrices:
+    return {name: factor * matrix for name, matrix in change.items()}
 
-    def __init__(self, curvature: Curvature, change: Matrices, direction: Matrices) -> None:
-        def product(left: Matrices, right: Matrices) -> float:
-            return sum(curvature[name].product(left[name], right[name]) for name in left)
 
-        self.constant = 0.5 * product(change, change)
-        self.slope = product(change, direction)
-        self.curve = 0.5 * product(direction, direction)
-
-    def __call__(self, eta: float) -> float:
-        return self.constant + eta * self.slope + eta * eta * self.curve
-
-    def reach(self, kl: float, at_zero: float) -> float:
-        """The positive η at which the polynomial, moved to `at_zero` at 0, reaches `kl`."""
-        if self.curve <= 0:
-            return 0.0
-        return (-self.slope + math.sqrt(max(0.0, self.slope**2 + 4 * self.curve * (kl - at_zero)))) / (2 * self.curve)
+def cycled(batches: Sequence[Batch], count: int, seed: str) -> list[Batch]:
+    """So many batches: all of them in a random order, and again in another."""
+    order = random.Random(seed)
+    picked: list[Batch] = []
+    while len(picked) < count:
+        picked += order.sample(batches, len(batches))
+    return picked[:count]
 
 
 def search_step_size(
@@ -270,6 +266,7 @@ def search_step_size(
     at_zero: float,
     target: float,
     trials: int,
+    limit: float = math.inf,
 ) -> tuple[float, list[Trial]]:
     """The largest η found whose measured KL is at most `target`; 0 if none was.
 
@@ -280,6 +277,7 @@ def search_step_size(
         at_zero: measured KL at η = 0.
         target: budget.
         trials: at most so many measurements.
+        limit: no η beyond it is tried.
 
     KL above `at_zero` is taken as a power of η, quadratic at first and then as the last two
     measurements say, and the next η aims 5 % below the target, inside the bracket of the largest good
@@ -299,7 +297,7 @@ def search_step_size(
             if saturated:
                 break
             low = max(low, eta)
-            if share >= 0.92:
+            if share >= 0.92 or eta >= limit:
                 break
         else:
             high = min(high, eta)
@@ -316,6 +314,7 @@ def search_step_size(
             eta = high / 4 if math.isfinite(high) else 4 * eta
         else:
             eta = math.sqrt(low * high) if math.isfinite(high) else 4 * low
+        eta = min(eta, limit)
     return low, done
 
 
@@ -327,6 +326,8 @@ def unlearn(
     *,
     curvature: Curvature | None = None,
     progress: Progress | None = None,
+    every: int = 0,
+    observe: Callable[[int, float], None] | None = None,
 ) -> Update:
     """Find the update that makes a model lose a forget set within a retain-KL budget.
 
@@ -336,13 +337,16 @@ def unlearn(
         model: a causal language model, as `fit` takes it.
         forget: batches whose labelled tokens are to become unlikely.
         retain: batches whose outputs are to stay. A share of their sequences (`holdout`) is kept out
-            of the fit and used to measure.
+            of the fit and of the steps, and used to measure.
         config: options; see UnlearnConfig.
         curvature: of the retain set, fitted before; `config.fit` is then used for refits alone.
         progress: where to show progress and record costs.
+        every: call `observe` after each so many steps; 0 never.
+        observe: is told the steps taken and the seconds of unlearning so far, its own and looks on the way left out,
+            with the model as the steps have made it, not yet scaled.
 
     Returns:
-        The update of all accepted steps, with `report`; empty of change if the first step failed.
+        The update of all steps, with `report`; empty of change if no scale of it meets the budget.
 
     Raises:
         ValueError: bad batches, or a `curvature` of other layers.
@@ -350,9 +354,11 @@ def unlearn(
     """
     config = config or UnlearnConfig()
     progress = progress or Progress()
+    if (every > 0) != (observe is not None):
+        raise ValueError(f"every is {every} and observe is {observe}; give both, with every at least 1, or neither")
     layers = select(model, config.fit.modules)
     device = device_of(model)
-    forget_batches = check_batches(forget, device, "forget")
+    forget_batches = [b for b in check_batches(forget, device, "forget") if len(b.loss_index)]
     fitted, held = split_holdout(check_batches(retain, device, "retain"), config.holdout)
     if curvature is not None and set(curvature) != {layer.name for layer in layers}:
         raise ValueError(
@@ -364,7 +370,8 @@ def unlearn(
         run = _Run(model, layers, head, config)
         try:
             stepper = _Stepper(run, forget_batches, fitted, held, curvature, progress)
-            stepper.take_all()
+            stepper.take_all(every, observe)
+            stepper.finish()
         finally:
             run.set_change(None)
     parts = [layer.split(stepper.change[layer.name]) for layer in layers]
@@ -378,7 +385,12 @@ def as_batches(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
 
 
 class _Stepper:
-    """Takes the steps of one run."""
+    """Takes the steps of one run.
+
+    Attributes:
+        change: Δ, `[d_out, d_in (+ 1)]` by layer name.
+        report: of the run.
+    """
 
     def __init__(
         self,
@@ -390,144 +402,188 @@ class _Stepper:
         progress: Progress,
     ) -> None:
         self.run, self.config, self.progress = run, run.config, progress
-        self.forget, self.fitted, self.held = forget, fitted, held
+        self.forget, self.fitted = forget, fitted
+        self.held = held = [batch for batch in held if len(batch.loss_index)]
         self.curvature = curvature
         self.change: Matrices = {
             layer.name: torch.zeros(layer.d_out, layer.width_in, dtype=run.dtype, device=run.device)
             for layer in run.layers
         }
-        self._kl = 0.0
-        self._uses_pull = self.config.retain_term and self.config.steps > 1
-        self._tokens = {
-            name: sum(batch.tokens for batch in part)
-            for name, part in (("forget", forget), ("fitted", fitted), ("held", held))
-        }
-        self._forget_losses = sum(len(batch.loss_index) for batch in forget)
-        kept = [*held, *fitted] if self._uses_pull else list(held)
-        total = sum(batch.tokens for batch in (*kept, *forget, *held))
+        config, count = self.config, self.config.batches_per_step
+        # A single step takes its length from the search at the end.
+        self._share = config.step_share if config.steps > 1 else 1.0
+        self._forgets = self._order(forget, count, "forget")
+        losing = [batch for batch in fitted if len(batch.loss_index)]
+        self._retains = self._order(losing, count, "retain") if config.retain_weight else [[]] * config.steps
+        glance = max(1, -(-config.steps // GLANCE))
+        self._few_held, self._few_forget = held[:glance], forget[:glance]
+        self._refits, self._seconds = 0, 0.0
+
+        pulled = {batch.index: batch for part in self._retains for batch in part}
+        distils = config.objective == "distil"
+        total = sum(b.tokens for part in (held, held, pulled.values(), *[forget] * (1 + distils)) for b in part)
         with progress.stage("original outputs", total) as stage:
-            rows = run.references(kept, stage)
-            self._held_rows, self._fitted_rows = rows[: len(held)], rows[len(held) :]
-            self._start = run.sequence_nll(forget, stage)
+            begin = time.perf_counter()
+            self._held_rows = run.references(held, stage)
+            self._retain_rows = dict(zip(pulled, run.references(list(pulled.values()), stage), strict=True))
+            self._forget_rows: dict[int, Tensor] = {}
+            if distils:
+                self._forget_rows = dict(zip((b.index for b in forget), run.references(forget, stage), strict=True))
+            sums = run.sequence_nll(forget, stage)
+            self._start = dict(zip((b.index for b in forget), sums, strict=True))
             _, retain_nll = run.measure(held, self._held_rows, stage)
+            self._seconds += time.perf_counter() - begin
         self.report = UnlearnReport(
-            to_dict(self.config), model_id(run.model), self._forget_nll(self._start), retain_nll, costs=progress.costs
+            to_dict(config), model_id(run.model), self._mean_nll(forget, sums), retain_nll, costs=progress.costs
         )
 
-    def _forget_nll(self, sums: Sequence[Tensor]) -> float:
-        return sum(float(s.sum(dtype=torch.float64)) for s in sums) / self._forget_losses
+    def _order(self, batches: Sequence[Batch], count: int | None, what: str) -> list[list[Batch]]:
+        """The batches of each step."""
+        if count is None:
+            return [list(batches)] * self.config.steps
+        count = min(count, len(batches))
+        order = cycled(batches, count * self.config.steps, f"{what} {self.config.fit.seed}")
+        return [order[i : i + count] for i in range(0, len(order), count)]
 
-    def _measure(self, change: Matrices, stage: Stage) -> float:
-        """Held-out KL with this change in place."""
-        self.run.set_change(change)
-        return self.run.measure(self.held, self._held_rows, stage)[0]
+    @staticmethod
+    def _mean_nll(batches: Sequence[Batch], sums: Sequence[Tensor]) -> float:
+        return sum(float(s.sum(dtype=torch.float64)) for s in sums) / sum(len(b.loss_index) for b in batches)
 
-    def _solve(self, gradient: Matrices) -> Matrices:
+    # ---- gradients on rows
+
+    def _forget_on_rows(self, rows: Tensor, batch: Batch) -> Tensor:
+        """Gradient of what is descended on a forget batch."""
+        config = self.config
+        if config.objective == "distil":
+            target = Ignorance(batch.targets, config.margin, config.target_temperature)
+            divergence, grad = self.run.head.kl(rows, self._forget_rows[batch.index], target=target)
+            require_finite(divergence, batch, "the forget loss")
+            return grad
+        _, grad, nll = self.run.head.labelled(rows, batch)
+        require_finite(nll, batch, "the forget loss")
+        if config.objective == "npo":
+            weight = npo_weights(batch.sequence_sums(nll), self._start[batch.index], config.npo_beta)
+            grad = grad * weight[batch.loss_index // batch.input_ids.shape[1]].unsqueeze(1).to(grad.dtype)
+        return -grad
+
+    def _retain_on_rows(self, rows: Tensor, batch: Batch) -> Tensor:
+        return self.run.head.kl(rows, self._retain_rows[batch.index])[1]
+
+    # ---- steps
+
+    def _direction(self, number: int) -> tuple[Matrices, float]:
+        """d = −(F + λI)⁻¹ g of one step, and `½ dᵀ(F + λI)d = −½ dᵀg`."""
         assert self.curvature is not None
+        parts: list[tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]] = [
+            (1.0, self._forgets[number - 1], self._forget_on_rows)
+        ]
+        if self._retains[number - 1]:
+            parts.append((self.config.retain_weight, self._retains[number - 1], self._retain_on_rows))
+        gradient = self.run.gradient(parts)
         solved = self.curvature.solve_matrices(gradient, self.config.damping, self.config.damping_kind)
-        return {name: matrix.to(self.run.dtype) for name, matrix in solved.items()}
+        direction = {name: matrix.to(self.run.dtype).neg_() for name, matrix in solved.items()}
+        return direction, -0.5 * sum(float((direction[n] * gradient[n]).sum(dtype=torch.float64)) for n in gradient)
 
-    def _directions(self, number: int) -> tuple[Matrices, Matrices | None, float]:
-        """The solved forget gradient; from the second step on that of the retain KL, and how fast it lowers it."""
-        pulls = number > 1 and self._uses_pull
-        tokens = self._tokens["forget"] + pulls * self._tokens["fitted"]
-        with self.progress.stage(f"step {number}: gradients", tokens) as stage:
-            gradient, _ = self.run.forget_gradient(self.forget, self._start, stage)
-            if not pulls:
-                return self._solve(gradient), None, 0.0
-            rise = self.run.kl_gradient(self.fitted, self._fitted_rows, stage)
-            pull = self._solve(rise)
-            return self._solve(gradient), pull, sum(float((rise[name] * pull[name]).sum()) for name in rise)
-
-    def _retain_weight(self, pull: Matrices, slope: float, stage: Stage) -> tuple[float, float]:
-        """The weight c whose step `−c·pull` lowers the measured KL most, and that KL; 0 if none does.
-
-        The search goes down from the largest weight. Each next one is the minimum of the parabola
-        through the KL before, its known slope there, and the last measurement, at most halved and at
-        most divided by thirty.
-
-        Args:
-            pull: the solved gradient of the retain KL.
-            slope: fall of the KL for each unit of c, at 0.
-        """
-        best, lowest, weight = 0.0, self._kl, self.config.retain_weight
-        for _ in range(self.config.trials):
-            kl = self._measure(_combine((1.0, self.change), (-weight, pull)), stage)
-            if kl < lowest:
-                best, lowest = weight, kl
-            elif best > 0:
-                break
-            bend = (kl - self._kl + slope * weight) / weight**2 if math.isfinite(kl) else math.inf
-            minimum = slope / (2 * bend) if bend > 0 else 0.0
-            weight = min(weight / 2, max(weight / 30, minimum))
-        return best, lowest
-
-    def _step_size(
-        self, number: int, at_zero: float, predicted: _Quadratic, measure: Callable[[float], float]
-    ) -> tuple[float, tuple[Trial, ...], str]:
-        """η, the trials behind it, and why it is 0 if it is."""
+    def _step_size(self, number: int, half_square: float) -> float:
+        """η, for a direction of this `½ dᵀ(F + λI)d`; 0 where there is nothing to do."""
         if self.config.step_size is not None:
-            eta = self.config.step_size
-            trial = Trial(eta, predicted(eta), measure(eta))
-            finite = math.isfinite(trial.measured_kl)
-            return (eta if finite else 0.0), (trial,), "" if finite else "the measured KL is not finite"
+            return self.config.step_size
         assert self.config.kl_budget is not None
-        target = self.config.kl_budget * number / self.config.steps
-        if not at_zero < target:
-            return 0.0, (), f"the retain KL is {at_zero:.4g} before the step; its budget is {target:.4g} nats a token"
-        first = predicted.reach(target, at_zero)
-        if not (first > 0 and math.isfinite(first)):
-            return 0.0, (), "the direction is zero or not finite"
-        eta, trials = search_step_size(measure, predicted, first, at_zero, target, self.config.trials)
-        return eta, tuple(trials), "" if eta > 0 else f"no trial met the retain-KL budget of {target:.4g} nats a token"
+        if not (math.isfinite(half_square) and half_square > 0):
+            return 0.0
+        left = 1 - (number - 1) / self.config.steps
+        return left * math.sqrt(self._share * self.config.kl_budget / half_square)
 
-    def take(self, number: int) -> Step:
-        """Take step `number`, or leave everything as it was and say why."""
-        refit = self.config.refit_every > 0 and number > 1 and (number - 1) % self.config.refit_every == 0
-        if self.curvature is None or refit:
-            self.curvature = fit(self.run.model, as_batches(self.fitted), self.config.fit, progress=self.progress)
-        direction, pull, slope = self._directions(number)
-        with self.progress.stage(f"step {number}: search") as stage:
-            base, weight, at_zero = self.change, 0.0, self._kl
-            if pull is not None:
-                weight, at_zero = self._retain_weight(pull, slope, stage)
-                base = _combine((1.0, self.change), (-weight, pull))
-            predicted = _Quadratic(self.curvature, base, direction)
+    def take_all(self, every: int, observe: Callable[[int, float], None] | None) -> None:
+        """All steps."""
+        steps = self.config.steps
+        looks = {-(-steps * i // LOOKS) for i in range(1, LOOKS + 1)} if steps > 1 else set()
+        tokens = [sum(b.tokens for b in (*f, *r)) for f, r in zip(self._forgets, self._retains, strict=True)]
+        begin = time.perf_counter()
+        if self.curvature is None:
+            self._fit()
+        self._seconds += time.perf_counter() - begin
+        with self.progress.stage("steps", sum(tokens)) as stage:
+            for number in range(1, steps + 1):
+                begin = time.perf_counter()
+                if self.config.refit_every and number > 1 and (number - 1) % self.config.refit_every == 0:
+                    self._fit()
+                    self._refits += 1
+                direction, half_square = self._direction(number)
+                eta = self._step_size(number, half_square)
+                for name, matrix in direction.items():
+                    self.change[name].add_(matrix, alpha=eta)
+                self.run.set_change(self.change)
+                self._seconds += time.perf_counter() - begin
+                self.report.tokens += tokens[number - 1]
+                stage.advance(tokens[number - 1])
+                if number in looks:
+                    self._look(number, eta)
+                if observe is not None and number % every == 0:
+                    observe(number, self._seconds)
 
-            def measure(eta: float) -> float:
-                return self._measure(_combine((1.0, base), (eta, direction)), stage)
+    def _fit(self) -> None:
+        self.curvature = fit(self.run.model, as_batches(self.fitted), self.config.fit, progress=self.progress)
 
-            eta, trials, reason = self._step_size(number, at_zero, predicted, measure)
-            if eta > 0:
-                self.change = _combine((1.0, base), (eta, direction))
-            self.run.set_change(self.change)
-            self._kl, retain_nll = self.run.measure(self.held, self._held_rows, stage)
-            forget_nll = self._forget_nll(self.run.sequence_nll(self.forget, stage))
-        return Step(
-            number, not reason, reason, eta, weight, predicted(eta), self._kl, forget_nll, retain_nll, refit, trials
-        )  # fmt: skip
+    def _look(self, number: int, eta: float) -> None:
+        """Note the state on a few batches."""
+        assert self.curvature is not None
+        # Looks are no stage of their own: they would cut the progress of the steps.
+        stage = Stage(None, None)
+        kl, retain_nll = self.run.measure(self._few_held, self._held_rows[: len(self._few_held)], stage)
+        forget_nll = self._mean_nll(self._few_forget, self.run.sequence_nll(self._few_forget, stage))
+        predicted = _half_square(self.curvature, self.change)
+        self.report.steps.append(Step(number, eta, predicted, kl, forget_nll, retain_nll, self._refits))
+        self.progress.say(f"step {number}: forget NLL {forget_nll:.3f}, retain KL {kl:.4f}, η {eta:.3g}")
+        if self.config.kl_budget is not None:
+            if not kl <= OFF * self.config.kl_budget:
+                self._share /= OFF
+            elif kl < self.config.kl_budget / OFF:
+                self._share *= OFF
 
-    def take_all(self) -> None:
-        """All steps, until one cannot be taken."""
-        for number in range(1, self.config.steps + 1):
-            step = self.take(number)
-            self.report.steps.append(step)
-            self.progress.say(
-                f"step {number}: forget NLL {step.forget_nll:.3f}, retain KL {step.measured_kl:.4f}"
-                f" (predicted {step.predicted_kl:.2g}), η {step.eta:.3g}, c {step.retain_weight:g}"
-                + ("" if step.accepted else f"; rolled back: {step.reason}")
-            )
-            if not step.accepted:
-                self.report.warnings.append(f"step {number} was rolled back: {step.reason}")
-                break
-        last = self.report.accepted[-1] if self.report.accepted else None
-        if last is not None and last.measured_kl > 10 * last.predicted_kl > 0:
+    def finish(self) -> None:
+        """Scale the change to the budget, or drop it and say why."""
+        assert self.curvature is not None
+        unit = _half_square(self.curvature, self.change)
+        with self.progress.stage("search for the scale") as stage:
+
+            def measure(scale: float) -> float:
+                self.run.set_change(_scaled(self.change, scale))
+                return self.run.measure(self.held, self._held_rows, stage)[0]
+
+            scale, trials, reason = self._scale(unit, measure)
+            self.change = _scaled(self.change, scale)
+            self.run.set_change(self.change if scale else None)
+            kl, retain_nll = self.run.measure(self.held, self._held_rows, stage)
+            forget_nll = self._mean_nll(self.forget, self.run.sequence_nll(self.forget, stage))
+        predicted = scale * scale * unit
+        self.report.outcome = Outcome(scale, reason, predicted, kl, forget_nll, retain_nll, tuple(trials))
+        self.progress.say(
+            f"forget NLL {forget_nll:.3f}, retain KL {kl:.4f} (predicted {predicted:.2g}), scale {scale:.3g}"
+            + (f"; dropped: {reason}" if reason else "")
+        )
+        if reason:
+            self.report.warnings.append(f"nothing was changed: {reason}")
+        elif self.config.fit.temperature == 1 and kl > 10 * predicted > 0:
             self.report.warnings.append(
-                f"the measured KL is {last.measured_kl / last.predicted_kl:,.0f} times the predicted one: the"
-                " block-diagonal matrix misses how layers act together, so the step rests on the measurement alone"
+                f"the measured KL is {kl / predicted:,.0f} times the predicted one: the block-diagonal matrix misses"
+                " how layers act together, or the model was too sure of itself; the change rests on the measurement"
+                " alone"
             )
-        if len(self.report.accepted) > 1 and self.config.refit_every == 0:
-            self.report.warnings.append(
-                "the curvature was fitted once, at the original weights; steps far from them follow a stale matrix"
-                " (refit_every fits it anew)"
-            )
+
+    def _scale(self, unit: float, measure: Callable[[float], float]) -> tuple[float, list[Trial], str]:
+        """The factor of the change, the trials behind it, and why it is 0 if it is."""
+        if not (math.isfinite(unit) and any(bool(matrix.any()) for matrix in self.change.values())):
+            return 0.0, [], "the direction is zero or not finite"
+        if self.config.step_size is not None:
+            kl = measure(1.0)
+            finite = math.isfinite(kl)
+            return float(finite), [Trial(1.0, unit, kl)], "" if finite else "the measured KL is not finite"
+        target, alone = self.config.kl_budget, self.config.steps == 1
+        assert target is not None
+        # Many steps were told where to stop: they are never made longer.
+        first = math.sqrt(target / unit) if alone and unit > 0 else 1.0
+        scale, trials = search_step_size(
+            measure, lambda x: x * x * unit, first, 0.0, target, self.config.trials, math.inf if alone else 1.0
+        )
+        return scale, trials, "" if scale else f"no trial met the retain-KL budget of {target:.4g} nats a token"

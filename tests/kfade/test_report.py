@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kfade import Step, UnlearnConfig, UnlearnReport
+from kfade import Outcome, Step, UnlearnConfig, UnlearnReport
 from kfade.config import to_dict
 from kfade.evaluate import Evaluation, Generation
 from kfade.progress import StageCost
@@ -21,15 +21,19 @@ from kfade.unlearn import Trial
 EVIL = "<script>alert('x')</script> & \"quotes\" https://example.org/a.png"
 
 
-def step(number: int, accepted: bool = True, kl: float = 0.01) -> Step:
+def step(number: int, kl: float = 0.01) -> Step:
+    return Step(number, 0.5, kl, 1.2 * kl, 2.0 + number, 1.1, 0)
+
+
+def outcome(kept: bool = True, kl: float = 0.01) -> Outcome:
     trials = tuple(Trial(eta, 1e-3 * eta**2, 1.4e-3 * eta**2) for eta in (1.0, 2.0, 4.0))
-    return Step(number, accepted, "" if accepted else EVIL, 0.5, 0.01, kl, 1.2 * kl, 2.0 + number, 1.1, False, trials)
+    return Outcome(0.9 * kept, "" if kept else EVIL, kl, 1.2 * kl, 4.0, 1.1, trials)
 
 
-def report(*steps: Step) -> UnlearnReport:
+def report(*steps: Step, end: Outcome | None = None) -> UnlearnReport:
     costs = [StageCost("factors A, S", 2.5, 1000, "token", 2**30), StageCost("save " + EVIL, 0.1, 0, "token", 2**29)]
     return UnlearnReport(
-        to_dict(UnlearnConfig()), EVIL, 0.5, 1.0, list(steps), costs, ["the curvature is stale " + EVIL]
+        to_dict(UnlearnConfig()), EVIL, 0.5, 1.0, list(steps), end, 100, costs, ["the curvature is stale " + EVIL]
     )
 
 
@@ -81,25 +85,32 @@ def parse(page: str) -> _Page:
 
 
 def test_the_page_fetches_nothing_and_escapes_everything() -> None:
-    page = to_html(report(step(1), step(2, accepted=False)), COMPARISONS, EXAMPLES, {"model": EVIL}, title=EVIL)
+    page = to_html(report(step(1), step(2), end=outcome(False)), COMPARISONS, EXAMPLES, {"model": EVIL}, title=EVIL)
     assert parse(page).fetched == []
     assert "<script" not in page
     assert re.findall(r"(?:src|href)=[\"']?https?:|url\(\s*[\"']?https?:|@import", page) == []
-    for part in ("rolled back", "Loss by step", "Time by stage", "answer not found", "(empty)"):
+    for part in ("dropped", "Loss by step", "Time by stage", "answer not found", "(empty)"):
         assert part in page
     assert page.count("<svg") == 4
 
 
 def test_same_data_same_bytes() -> None:
-    assert to_html(report(step(1)), COMPARISONS, EXAMPLES) == to_html(report(step(1)), COMPARISONS, EXAMPLES)
+    assert len({to_html(report(step(1), end=outcome()), COMPARISONS, EXAMPLES) for _ in range(2)}) == 1
 
 
 @pytest.mark.parametrize(
-    "steps",
-    [(), (step(1, accepted=False),), (step(1, kl=math.nan),), (step(1, kl=math.inf), step(2)), (step(1, kl=0.0),)],
+    ("steps", "end"),
+    [
+        ((), None),
+        ((), outcome()),
+        ((step(1),), outcome(False)),
+        ((step(1, math.nan),), outcome(True, math.nan)),
+        ((step(1, math.inf), step(2)), outcome()),
+        ((step(1, 0.0),), outcome(True, 0.0)),
+    ],
 )
-def test_odd_runs_are_reported_too(tmp_path: Path, steps: tuple[Step, ...]) -> None:
-    page = write_report(tmp_path / "deep" / "down", report(*steps))
+def test_odd_runs_are_reported_too(tmp_path: Path, steps: tuple[Step, ...], end: Outcome | None) -> None:
+    page = write_report(tmp_path / "deep" / "down", report(*steps, end=end))
     parse(page.read_text(encoding="utf-8"))
     values = json.loads((page.parent / "report.json").read_text(encoding="utf-8"), parse_constant=_refuse)
     assert len(values["unlearn"]["steps"]) == len(steps)
