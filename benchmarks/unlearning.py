@@ -39,7 +39,6 @@ from kfade.compare import (
     MARGIN,
     NAMES,
     OURS,
-    Config,
     Run,
     Sweep,
     Task,
@@ -286,10 +285,9 @@ def start_worker(options: argparse.Namespace) -> None:
     _OPTIONS[:] = [options]
 
 
-def ablated(options: argparse.Namespace) -> dict[str, list[Config]]:
+def ablated(options: argparse.Namespace) -> dict[str, UnlearnConfig]:
     """The variants of K-FADE, all at the middle budget."""
-    base = replace(UnlearnConfig(), kl_budget=MARGIN * middle(options))
-    return {name: [config] for name, config in ablation(base).items()}
+    return ablation(replace(UnlearnConfig(), kl_budget=MARGIN * middle(options)))
 
 
 def work(stage: str, split: str, seed: int, label: str, ablate: bool) -> tuple[list[Run], Prepared]:
@@ -297,7 +295,7 @@ def work(stage: str, split: str, seed: int, label: str, ablate: bool) -> tuple[l
     options = _OPTIONS[0]
     ready = prepared(stage, split, seed)
     config = sizes(options, stage, split, ablate)
-    configs = ablated(options)[label] if ablate else tries(label, ready.task.model, config)
+    configs = [ablated(options)[label]] if ablate else tries(label, ready.task.model, len(ready.task.forget), config)
 
     def done(run: Run, seconds: float) -> None:
         if seconds:
@@ -406,7 +404,7 @@ def smollm(options: argparse.Namespace) -> Sweep:
         tuple(options.smollm_learning_rates),
     )  # fmt: skip
     task = Task("smollm", model, cities, retain, yardstick, inspect)
-    methods = {name: tries(name, model, config) for name in config.methods}
+    methods = {name: tries(name, model, len(cities), config) for name in config.methods}
     start = inspect(model)
     runs = sweep(task, methods, config, options.out / "runs", progress=Progress(show=True))
     original = [{**yardstick(model), **start["values"]}]

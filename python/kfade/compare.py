@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import gc
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from . import models
 from .baselines import METHODS, BaselineConfig, decoder_layers, run_baseline
-from .config import CompareConfig, FitConfig, UnlearnConfig
+from .config import CURVATURES, OBJECTIVES, CompareConfig, FitConfig, UnlearnConfig
 from .data import Record, make_batches
 from .errors import NonFiniteError, StorageError
 from .evaluate import Evaluation, References, generations, references, scores
@@ -63,7 +62,8 @@ TITLES = {
 }
 # Steps at which a run is measured: each so many times the last.
 GROWTH = 1.35
-# A run ends early after two points in a row whose retain KL is so many times the largest budget.
+# A baseline's run ends early after two points in a row whose retain KL is so many times the largest budget; K-FADE is
+# scaled to its budget at the end.
 RUIN = 30.0
 # K-FADE measures its budget on sequences of its own; at all of ours, half of its runs would end just beyond it.
 MARGIN = 0.9
@@ -78,7 +78,7 @@ class Point:
 
     Attributes:
         method, strength, seed: of the run; `strength` is what distinguishes the tries of a method.
-        step: of the run; 0 is the original model.
+        step: of the run; 0 is the original model. K-FADE has one more than it takes: its end, scaled to its budget.
         seconds: of unlearning so far: fits and searches included, measurements like these not.
         tokens: run through the model so far, with or without gradients, padding not counted.
         forget_nll: nats a token on the forget set.
@@ -254,11 +254,18 @@ def check_methods(names: Iterable[str]) -> None:
             raise ValueError(f"methods has {name!r}; it must have names among {', '.join(NAMES)}")
 
 
-def tries(name: str, model: nn.Module, options: CompareConfig) -> list[Config]:
+def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> list[Config]:
     """The configurations of a method, as many for each: a baseline's learning rates, K-FADE's budgets.
 
-    K-FADE spends budgets of its own, from the smallest to the largest at equal ratios, a tenth below ours. RMU steers
-    layer 7 as published, or in a shallower model the last but one.
+    K-FADE takes its default steps, or fewer if the allowance is smaller, and spends budgets of its own, from the
+    smallest to the largest at equal ratios, a tenth below ours. RMU steers layer 7 as published, or in a shallower
+    model the last but one.
+
+    Args:
+        name: of the method.
+        model: to be unlearned.
+        batches: of the forget set.
+        options: the allowance.
 
     Raises:
         ValueError: no such method.
@@ -267,13 +274,20 @@ def tries(name: str, model: nn.Module, options: CompareConfig) -> list[Config]:
     if name == OURS:
         low, high, count = min(options.budgets), max(options.budgets), len(options.learning_rates)
         ratios = [i / (count - 1) for i in range(count)] if count > 1 else [1.0]
-        return [UnlearnConfig(kl_budget=float(f"{MARGIN * low * (high / low) ** r:.4g}")) for r in ratios]
+        base = within(UnlearnConfig(), batches, options.epochs)
+        return [replace(base, kl_budget=float(f"{MARGIN * low * (high / low) ** r:.4g}")) for r in ratios]
     values: dict[str, Any] = {"method": name, **VARIANTS.get(name, {}), "epochs": options.epochs}
     if name == "rmu":
         stack, _ = decoder_layers(model, 0)
         depth = len(dict(model.named_modules())[stack])
         values["layer"] = min(METHODS["rmu"].defaults.layer, max(0, depth - 2))
     return [BaselineConfig(**values, learning_rate=rate) for rate in options.learning_rates]
+
+
+def within(config: UnlearnConfig, batches: int, epochs: float) -> UnlearnConfig:
+    """The configuration with no more steps than so many passes over so many forget batches have."""
+    each = batches if config.batches_per_step is None else min(config.batches_per_step, batches)
+    return replace(config, steps=min(config.steps, max(1, math.ceil(epochs * batches / each))))
 
 
 def strength_of(config: Config) -> str:
@@ -362,17 +376,20 @@ class _Recorder:
         self.points: list[Point] = []
         self.best: dict[float, tuple[Point, dict[str, Tensor]]] = {}
         self.warnings: list[str] = []
-        self.latest, self._next = (0, 0.0), 1
+        self.latest, self._next, self.spent = (0, 0.0), 1, 0.0
+        self._ruin = RUIN * max(budgets) if isinstance(config, BaselineConfig) else math.inf
         self.measure(0, 0.0)
 
     def __call__(self, step: int, seconds: float) -> None:
         """Called by the method after each step."""
+        begin = time.perf_counter()
         self.latest = (step, seconds)
         if seconds > self._limit:
             self.warnings.append(f"ended at step {step}, at the limit of {self._limit:g} seconds")
             raise _Enough
         if step >= self._next:
             self.measure(step, seconds)
+        self.spent += time.perf_counter() - begin
 
     @property
     def measured(self) -> bool:
@@ -397,7 +414,7 @@ class _Recorder:
             parameters = self._task.model.named_parameters()
             state = {name: p.detach().clone() for name, p in parameters if not torch.equal(p, self.original[name])}
             self.best.update(dict.fromkeys(better, (point, state)))
-        if len(self.points) > 2 and min(p.retain_kl for p in self.points[-2:]) > RUIN * max(self._budgets):
+        if len(self.points) > 2 and min(p.retain_kl for p in self.points[-2:]) > self._ruin:
             self.warnings.append(f"ended at step {step}: the retain KL is {point.retain_kl:.3g} nats a token")
             raise _Enough
 
@@ -428,14 +445,10 @@ def _start(task: Task, config: Config, recorder: _Recorder) -> Update:
         return run_baseline(
             task.model, task.forget, task.retain, config, progress=recorder.meter, every=1, observe=recorder
         )
-    # TODO: a plain call once `unlearn` takes an observer.
-    known = inspect.signature(unlearn).parameters
-    watched: dict[str, Any] = {"every": 1, "observe": recorder}
-    watched = {name: value for name, value in watched.items() if name in known}
     begin = time.perf_counter()
-    update = unlearn(task.model, task.forget, task.retain, config, progress=recorder.meter, **watched)
-    if "observe" not in known:
-        recorder.latest = (len(update.report.accepted), time.perf_counter() - begin)
+    update = unlearn(task.model, task.forget, task.retain, config, progress=recorder.meter, every=1, observe=recorder)
+    # The scale is chosen after the last step, so the end is one more model.
+    recorder.latest = (recorder.latest[0] + 1, time.perf_counter() - begin - recorder.spent)
     return update
 
 
@@ -710,14 +723,15 @@ def ablation(base: UnlearnConfig | None = None) -> dict[str, UnlearnConfig]:
         return replace(base, fit=FitConfig(**{**asdict(base.fit), **changes}))
 
     found = {OURS: base}
-    found |= {f"curvature: {name}": fit(curvature=name) for name in ("identity", "diagonal", "kfac", "ekfac")}
+    found |= {f"curvature: {name}": fit(curvature=name) for name in CURVATURES}
     found |= {f"layers: {name}": fit(modules=name) for name in ("mlp", "attention", "all-linear")}
-    found |= {f"damping {base.damping * f:g}": replace(base, damping=base.damping * f) for f in (0.01, 0.1, 10.0)}
-    steps = sorted({max(1, base.steps // 4), base.steps, 4 * base.steps})
-    found |= {f"{count} step{'s' * (count > 1)}": replace(base, steps=count) for count in steps}
+    found |= {f"damping {base.damping * f:g}": replace(base, damping=base.damping * f) for f in (0.1, 10.0)}
+    found |= {f"{count} steps": replace(base, steps=count) for count in (max(2, base.steps // 4), 4 * base.steps)}
+    found |= {f"objective: {name}": replace(base, objective=name) for name in OBJECTIVES}
     found["fitted again at every quarter"] = replace(base, refit_every=max(1, base.steps // 4))
-    found["retain-KL term: " + ("off" if base.retain_term else "on")] = replace(base, retain_term=not base.retain_term)
-    found["empirical Fisher"] = fit(fisher="empirical")
+    found["no retain-KL term"] = replace(base, retain_weight=0.0)
+    found["Fisher at temperature 1"] = fit(temperature=1.0)
+    found["one step, as published"] = UnlearnConfig.paper(kl_budget=base.kl_budget)
     return {name: config for name, config in found.items() if name == OURS or config != base}
 
 
@@ -798,7 +812,7 @@ def compare(
         gc.collect()
         loaded, _ = load(model)
     task = Task("compare", loaded, forget, batches["retain"], yardstick, lambda m: {"replies": replies(m)})
-    methods = {name: tries(name, loaded, options) for name in options.methods}
+    methods = {name: tries(name, loaded, len(forget), options) for name in options.methods}
     runs = sweep(task, methods, options, out / "runs", progress=progress)
     target = [] if yardstick.retrained is None else [yardstick.retrained]
     asked = [r.prompt for r in shown] if max_new_tokens else []

@@ -271,8 +271,8 @@ def allowance_text(sweep: Sweep) -> str:
         else f"Every method: {count} tries (K-FADE: budgets of its own; others: learning rates, since the published"
         " ones are for models of billions of parameters)"
     )
-    text = f"{what}, {options.seeds} seed{'s' * (options.seeds > 1)}, the same forget and retain batches,"
-    text += f" {options.epochs:g} passes over the forget set at most"
+    text = f"{what}, {options.seeds} seed{'s' * (options.seeds > 1)}, the same forget and retain batches"
+    text += "" if sweep.titles else f", {options.epochs:g} passes over the forget set at most"
     text += f", {options.seconds:g} s" if options.seconds is not None else ""
     how = "nearest to the retrained model" if sweep.aims else "with the highest forget NLL"
     text += f". A table shows, of all models that a method passed through on any try, the one {how} within the budget;"

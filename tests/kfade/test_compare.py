@@ -14,6 +14,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from pages import run_examples
 from typer.testing import CliRunner
 
 from kfade import UnlearnConfig, compare, compare_report
@@ -90,8 +91,9 @@ def test_the_sentence_says_who_wins_and_where_k_fade_loses() -> None:
 
 def test_every_method_has_the_same_number_of_tries() -> None:
     model = models.tiny("llama")
-    found = {name: tries(name, model, OPTIONS) for name in compare.NAMES}
+    found = {name: tries(name, model, 3, OPTIONS) for name in compare.NAMES}
     assert {len(configs) for configs in found.values()} == {2}
+    assert all(c.steps == 6 for c in found["kfade"] if isinstance(c, UnlearnConfig))  # two passes over three batches
     budgets = [c.kl_budget for c in found["kfade"] if isinstance(c, UnlearnConfig)]
     assert budgets == pytest.approx([0.009, 0.09])
     for name, configs in found.items():
@@ -155,7 +157,7 @@ def scores_of_update(task: Task, update: Any, held: Any) -> float:
 @pytest.mark.parametrize("name", compare.NAMES)
 def test_every_method_leaves_points_and_the_model(name: str, task: Task) -> None:
     before = {n: p.clone() for n, p in task.model.named_parameters()}
-    found = compare.run(task, name, tries(name, task.model, OPTIONS)[0], 0, OPTIONS)
+    found = compare.run(task, name, tries(name, task.model, 1, OPTIONS)[0], 0, OPTIONS)
     assert all(torch.equal(p, before[n]) for n, p in task.model.named_parameters())
     assert found.points[0].step == 0 and len(found.points) > 1
     assert all(p.tokens > 0 and p.seconds > 0 for p in found.points[1:])
@@ -192,7 +194,7 @@ def test_a_ruined_run_and_one_at_its_time_end_early(task: Task) -> None:
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = {name: tries(name, task.model, OPTIONS) for name in ("gradient_ascent", "npo")}
+    methods = {name: tries(name, task.model, 1, OPTIONS) for name in ("gradient_ascent", "npo")}
     whole = compare.sweep(task, methods, OPTIONS, tmp_path / "whole")
     started: list[tuple[str, int]] = []
     original = compare.run
@@ -352,3 +354,7 @@ def test_a_method_twice_and_an_infinite_number_are_refused() -> None:
         CompareConfig(budgets=[0.1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="budgets is inf; it must be finite"):
         CompareConfig(budgets=(math.inf,))
+
+
+def test_the_examples_of_the_page_run() -> None:
+    run_examples("comparing.md")

@@ -22,18 +22,24 @@ def test_every_record_is_read() -> None:
     assert [r.prompt for r in full[-200:]] == [r.prompt for r in forget]
 
 
-def test_the_benchmark_runs_and_forgets(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/tofu.py", "--data", str(TOFU), "--work", str(tmp_path), "--no-record"]
-    small = ["--pairs", "260", "--epochs", "1", "--width", "32", "--layers", "1", "--steps", "1", "--vocabulary", "512"]
+@pytest.mark.slow  # trains three models and makes eight runs, in processes of their own
+def test_the_report_is_made_from_nothing_and_again(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/unlearning.py", "--data", str(TOFU), "--out", str(tmp_path), "--no-record"]
+    small = "--stages tofu --splits forget01 --methods kfade npo --learning-rates 1e-3 --seeds 1 --epochs 1 --limit 2"
+    small += " --width 32 --layers 1 --vocabulary 512 --known 2 --base-pairs 20 --base-epochs 1 --tuning-epochs 1"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])}
-    done = subprocess.run(
-        [*command, *small, "--curvatures", "kfac"],
-        check=False,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    methods = [line.split()[1] for line in done.stdout.splitlines()[1:]]
-    assert methods == ["original", "retrained", "kfac"]
+    pages = []
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, *small.split(), "--workers", "1"],
+            check=False,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        pages.append((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "trained in" not in done.stderr and "; at its end" not in done.stderr  # all was there
+    assert pages[0] == pages[1]
+    assert "ToFU forget01" in pages[0] and "K-FADE" in done.stdout
