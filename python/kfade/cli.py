@@ -281,6 +281,14 @@ _RetainWeight = Annotated[
     float,
     typer.Option("--retain-weight", help="Weight of the retain KL's gradient; 0 leaves it out.", rich_help_panel=_STEP),
 ]
+_CgIterations = Annotated[
+    int,
+    typer.Option(
+        "--cg-iterations",
+        help="Solve by so many conjugate-gradient iterations on exact Gauss-Newton products; 0 by the curvature alone.",
+        rich_help_panel=_STEP,
+    ),
+]
 _RefitEvery = Annotated[
     int,
     typer.Option("--refit-every", help="Fit the curvature anew every so many steps; 0 never.", rich_help_panel=_STEP),
@@ -577,6 +585,7 @@ def unlearn(
     target_temperature: _TargetTemperature = _UNLEARN.target_temperature,
     npo_beta: _NpoBeta = _UNLEARN.npo_beta,
     retain_weight: _RetainWeight = _UNLEARN.retain_weight,
+    cg_iterations: _CgIterations = _UNLEARN.cg_iterations,
     refit_every: _RefitEvery = _UNLEARN.refit_every,
     holdout: _Holdout = _UNLEARN.holdout,
     trials: _Trials = _UNLEARN.trials,

@@ -112,6 +112,9 @@ class UnlearnConfig:
             single step has the length that the measured KL allows.
         step_size: η of every step, instead of a budget.
         retain_weight: c, the weight of the gradient of the retain KL in every step; 0 leaves it out.
+        cg_iterations: solve by so many conjugate-gradient iterations on the exact Gauss-Newton matrix of the step's
+            retain batches, preconditioned by the fitted curvature; 0 takes the fitted one's own solution. Each costs
+            about six forward passes over these batches.
         refit_every: refit the curvature every so many steps; 0 never.
         holdout: share of the retain sequences kept out of the fit and of the steps, on which KL is measured.
         trials: at most so many measurements of KL, for the scale of the update.
@@ -130,6 +133,7 @@ class UnlearnConfig:
     step_share: float = 0.02
     step_size: float | None = None
     retain_weight: float = 10.0
+    cg_iterations: int = 0
     refit_every: int = 0
     holdout: float = 0.2
     trials: int = 8
@@ -156,6 +160,7 @@ class UnlearnConfig:
             _number("step_size", self.step_size, above=0.0)
         _number("npo_beta", self.npo_beta, above=0.0)
         _number("retain_weight", self.retain_weight, minimum=0.0)
+        _integer("cg_iterations", self.cg_iterations, 0)
         _integer("refit_every", self.refit_every, 0)
         _number("holdout", self.holdout, above=0.0)
         if self.holdout >= 1:

@@ -18,13 +18,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from kfade_kernels.arguments import finite
 from kfade_kernels.precision import float32_products
 from kfade_kernels.sampled_cross_entropy.pytorch import rows_per_chunk
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .calibration import Mixture, Predictive
 from .capture import (
@@ -33,14 +30,13 @@ from .capture import (
     deterministic_mode,
     frozen,
     graph_from_embeddings,
-    layer_hooks,
     rows_of,
     trace,
 )
 from .curvature import Curvature
-from .errors import UnsupportedLayerError
 from .fit import check_batches, device_of, fitted_layers, model_id, state_dtype
 from .layers import Layer, output_head
+from .linearise import linearised_rows
 from .loss import Batch, Head, check_targets, require_finite, sequence_groups
 from .operators import CurvatureOperator, checked_layers
 from .progress import Progress
@@ -77,17 +73,6 @@ class _Term(NamedTuple):
         if self.weight is None:
             return rows.to(dtype)
         return nn.functional.linear(rows.to(self.weight.dtype), self.weight, self.bias).to(dtype)
-
-
-class _Rows(nn.Module):
-    """The way to a model's loss rows as a module, so that its weights can be replaced for one call."""
-
-    def __init__(self, model: nn.Module, head: Head) -> None:
-        super().__init__()
-        self.model, self._head = model, head
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._head.rows(batch)
 
 
 # ------------------------------------------------------------------------------------------------ formulas
@@ -411,33 +396,12 @@ class Laplace:
         outer = [layer for layer in self._layers if projection is not None and projection in layer.modules]
         return [layer for layer in self._layers if layer not in outer], outer[0] if outer else None
 
-    def _linearised(
-        self, head: Head, layers: Sequence[Layer], batch: Batch, change: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Loss rows h, and their derivative along a change of the weights, by one forward-mode product."""
-
-        def reached(layer: Layer, _args: object, _kwargs: object, output: Tensor) -> None:
-            if forward_ad.unpack_dual(output).tangent is None:
-                raise UnsupportedLayerError(
-                    f"layer {layer.name} cannot be linearised: forward-mode derivatives do not reach it (a reentrant"
-                    " checkpoint hides them); use method='sampled', or the non-reentrant kind"
-                )
-
-        # PyTorch's fused attention has no forward-mode derivative.
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), layer_hooks(layers, reached):
-            duals = {}
-            for layer in layers:
-                for name, parameter in layer.parameters().items():
-                    duals[f"model.{name}"] = forward_ad.make_dual(parameter.detach(), change[name].to(parameter))
-            found = forward_ad.unpack_dual(functional_call(_Rows(self.model, head), duals, (batch,)))
-            return found.primal, torch.zeros_like(found.primal) if found.tangent is None else found.tangent
-
     def _rows(
         self, head: Head, layers: Sequence[Layer], method: str, batches: Sequence[Batch], change: Mapping[str, Tensor]
     ) -> list[tuple[Tensor, ...]]:
         """The loss rows of each batch, and their derivative if they are linearised."""
         if method == "linearised":
-            return [self._linearised(head, layers, batch, change) for batch in batches]
+            return [linearised_rows(self.model, head, layers, batch, change) for batch in batches]
         below = {name: change[name] for layer in layers for name in layer.parameters()} if method == "sampled" else {}
         update = Update(below)
         update.apply_(self.model)

@@ -31,11 +31,11 @@ from .config import UnlearnConfig, to_dict
 from .curvature import Curvature
 from .fit import check_batches, device_of, fit, model_id, state_dtype
 from .layers import Layer, select
+from .linearise import Matrices, conjugate_gradients, dot, gauss_newton_product, gradient_matrices
 from .loss import Batch, Head, Ignorance, require_finite
 from .progress import Progress, Stage, StageCost
 from .update import Update
 
-Matrices = dict[str, Tensor]
 # Looks at the state on the way: so many, each at as many batches as this part of the steps.
 LOOKS = 4
 GLANCE = 8
@@ -201,14 +201,6 @@ class _Run:
             stage.advance(batch.tokens)
         return sums
 
-    def _gradient_matrices(self) -> Matrices:
-        result = {}
-        for layer in self.layers:
-            parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in layer.parameters().values()]
-            bias = parts[1].to(self.dtype) if layer.has_bias else None
-            result[layer.name] = layer.joint(parts[0].to(self.dtype), bias).clone()
-        return result
-
     def _tracked(self) -> AbstractContextManager[None]:
         """Only the tracked parameters take gradients; what they had in `.grad` comes back at the end."""
         return trained(self.model, [p for layer in self.layers for p in layer.parameters().values()])
@@ -225,7 +217,7 @@ class _Run:
                 for batch in batches:
                     rows = self.head.rows(batch)
                     rows.backward(on_rows(rows, batch) * (weight / tokens))
-            return self._gradient_matrices()
+            return gradient_matrices(self.layers, self.dtype)
 
 
 def npo_weights(nll: Tensor, start: Tensor, beta: float) -> Tensor:
@@ -414,7 +406,8 @@ class _Stepper:
         self._share = config.step_share if config.steps > 1 else 1.0
         self._forgets = self._order(forget, count, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
-        self._retains = self._order(losing, count, "retain") if config.retain_weight else [[]] * config.steps
+        needed = config.retain_weight or config.cg_iterations
+        self._retains = self._order(losing, count, "retain") if needed else [[]] * config.steps
         glance = max(1, -(-config.steps // GLANCE))
         self._few_held, self._few_forget = held[:glance], forget[:glance]
         self._refits, self._seconds = 0, 0.0
@@ -473,16 +466,35 @@ class _Stepper:
 
     def _direction(self, number: int) -> tuple[Matrices, float]:
         """d = −(F + λI)⁻¹ g of one step, and `½ dᵀ(F + λI)d = −½ dᵀg`."""
-        assert self.curvature is not None
+        config, kept = self.config, self._retains[number - 1]
         parts: list[tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]] = [
             (1.0, self._forgets[number - 1], self._forget_on_rows)
         ]
-        if self._retains[number - 1]:
-            parts.append((self.config.retain_weight, self._retains[number - 1], self._retain_on_rows))
+        if config.retain_weight:
+            parts.append((config.retain_weight, kept, self._retain_on_rows))
         gradient = self.run.gradient(parts)
-        solved = self.curvature.solve_matrices(gradient, self.config.damping, self.config.damping_kind)
-        direction = {name: matrix.to(self.run.dtype).neg_() for name, matrix in solved.items()}
-        return direction, -0.5 * sum(float((direction[n] * gradient[n]).sum(dtype=torch.float64)) for n in gradient)
+        if config.cg_iterations:
+            solved = conjugate_gradients(
+                lambda v: self._damped_product(v, kept), gradient, self._solve, config.cg_iterations
+            )
+        else:
+            solved = self._solve(gradient)
+        direction = {name: matrix.neg_() for name, matrix in solved.items()}
+        return direction, -0.5 * dot(direction, gradient)
+
+    def _solve(self, matrices: Matrices) -> Matrices:
+        assert self.curvature is not None
+        solved = self.curvature.solve_matrices(matrices, self.config.damping, self.config.damping_kind)
+        return {name: matrix.to(self.run.dtype) for name, matrix in solved.items()}
+
+    def _damped_product(self, matrices: Matrices, batches: Sequence[Batch]) -> Matrices:
+        """`(G + λI) v` with the exact Gauss-Newton matrix of some retain batches, at the weights as they are."""
+        assert self.curvature is not None
+        run, config = self.run, self.config
+        product = gauss_newton_product(run.model, run.head, run.layers, batches, matrices, config.fit.temperature)
+        for name, matrix in product.items():
+            matrix.add_(matrices[name], alpha=self.curvature[name].damping(config.damping, config.damping_kind))
+        return product
 
     def _step_size(self, number: int, half_square: float) -> float:
         """η, for a direction of this `½ dᵀ(F + λI)d`; 0 where there is nothing to do."""

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kfade
 from kfade import calibration, laplace
+from kfade.linearise import linearised_rows
 
 TOLERANCE = 1e-9
 KINDS = ["identity", "diagonal", "kfac", "ekfac"]
@@ -319,7 +320,7 @@ def test_spread_of_linearised_logits_is_their_variance(kind: str) -> None:
         head = laplace.Head(model, checked[0])
         layers, _ = ours._parts(head)
         for seed in range(draws):
-            _, tangent = ours._linearised(head, layers, checked[0], ours.sample(seed).tensors)
+            _, tangent = linearised_rows(ours.model, head, layers, checked[0], ours.sample(seed).tensors)
             logits = tangent if head.weight is None else tangent @ head.weight.T
             total += logits.gather(1, truth.tokens).square()
     # The mean of squares of `draws` normal numbers is off by √(2 / draws) at one standard deviation; six for the
