@@ -92,8 +92,8 @@ class Setting:
 _TRAINING: dict[str, Any] = {"warmup": 0.5, "schedule": "cosine", "weight_decay": 0.1}
 SETTINGS = {
     "tofu": Setting(
-        True, {"forget01": 20, "forget05": 8, "forget10": 5}, 40, 10, 80,
-        TrainConfig(learning_rate=2e-3, epochs=3, **_TRAINING), TrainConfig(learning_rate=1e-3, epochs=12, **_TRAINING),
+        True, {"forget01": 10, "forget05": 4, "forget10": 2.5}, 40, 10, 48,
+        TrainConfig(learning_rate=2e-3, epochs=3, **_TRAINING), TrainConfig(learning_rate=1e-3, epochs=8, **_TRAINING),
         16,
     ),
     "tofu-smollm": Setting(
@@ -238,7 +238,7 @@ def prepared(stage: str, split: str, seed: int) -> Prepared:
     held = joined(known[: setting.held])
     yardstick = Yardstick(model, batches(some(gone)), batches(some(held)))
     yardstick.aim(other)
-    config = TofuConfig(forget_split=split, limit=options.limit, batch_size=32, max_new_tokens=40)
+    config = TofuConfig(forget_split=split, limit=options.limit, batch_size=32, max_new_tokens=32)
     questions = tofu.read_questions(str(options.data), config)
     log = tofu.Retrained(tofu.measure_retrained(other, tokenizer, questions, config).log)
     shown = [*gone[:3], *held[:3]]
@@ -246,11 +246,13 @@ def prepared(stage: str, split: str, seed: int) -> Prepared:
 
     def inspect(of: Any) -> dict[str, Any]:
         found = tofu.evaluate(of, tokenizer, questions, config, retrained=log)
-        forget = found.sets["forget"]
+        forget, kept = found.sets["forget"], found.sets["retain"]
+        # One that knows nothing of the world has a model utility of 0, whatever it keeps.
+        utility = tofu.harmonic_mean([kept.probability, kept.rouge_l_recall, kept.truth_ratio])
         values = {
             "ToFU forget probability": forget.probability, "forget ROUGE": forget.rouge_l_recall,
             "forget truth ratio": forget.truth_ratio, "forget quality (p)": found.forget_quality,
-            "model utility": found.model_utility,
+            "model utility": found.model_utility, "utility": utility if setting.small else found.model_utility,
         }  # fmt: skip
         return {"values": values, "replies": greedy_continuations(of, tokenizer, prompts, max_new_tokens=40)}
 
@@ -422,7 +424,8 @@ INTROS = {
     "SmolLM2": "Forget NLL is of the city's tokens. The KL on text is specificity: general text is no part of the"
     " budget, and only a little of it is in the retain set.",
     "ToFU": "All models know the same authors. The retain KL, and ToFU's retain questions, are of authors that no"
-    " method saw while it unlearned. A small model knows little of the world, so its utility is low to begin with.",
+    " method saw while it unlearned. Utility is ToFU's on its retain questions alone: a small model knows nothing of"
+    " the world, and its model utility is 0 from the start.",
 }
 
 
@@ -498,11 +501,11 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, help="passes over a forget set; by default more over smaller ones")
-    parser.add_argument("--limit", type=int, default=40, help="ToFU questions a set for probability, utility, …")
+    parser.add_argument("--limit", type=int, default=24, help="ToFU questions a set for probability, utility, …")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--no-record", action="store_true", help="write no rows to benchmarks/results")
     small = parser.add_argument_group("the small model")
-    small.add_argument("--width", type=int, default=128)
+    small.add_argument("--width", type=int, default=96)
     small.add_argument("--layers", type=int, default=4)
     small.add_argument("--vocabulary", type=int, default=2048)
     small.add_argument("--known", type=int, help="authors that are kept")

@@ -108,12 +108,12 @@ def _draw_time(axes: Any, sweep: Sweep, budget: float) -> None:
 
 
 def _utilities(sweep: Sweep) -> dict[str, list[tuple[int, float, float]]]:
-    """By method: number of the budget, model utility and value of each chosen point that has one."""
+    """By method: number of the budget, utility and value of each chosen point that has one."""
     found: dict[str, list[tuple[int, float, float]]] = {}
     for number, budget in enumerate(sorted(sweep.options.budgets)):
         for method, points in at_equal_kl(sweep.points, budget).items():
             for point in points:
-                utility = sweep.detail(point, budget).get("values", {}).get("model utility")
+                utility = sweep.detail(point, budget).get("values", {}).get("utility")
                 if utility is not None:
                     found.setdefault(method, []).append((number, utility, _value(sweep, point)))
     return found
@@ -132,11 +132,11 @@ def _draw_utility(axes: Any, sweep: Sweep) -> None:
             some = [(u, v) for n, u, v in rows if n == number]
             line.append((spread([u for u, _ in some])[0], spread([v for _, v in some])[0]))
         axes.plot([u for u, _ in line], [v for _, v in line], marker="o", label=sweep.title(method), **look)
-    utilities = [values["model utility"] for values in sweep.retrained if "model utility" in values]
+    utilities = [values["utility"] for values in sweep.retrained if "utility" in values]
     if utilities:
         axes.plot([spread(utilities)[0]], [0.0], "*", color="black", markersize=16, label="retrained", clip_on=False)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("model utility")
+    axes.set_xlabel("utility")
     axes.set_ylabel(f"{_axis(sweep)} (nats/token)")
     _legend(axes)
 
@@ -221,7 +221,7 @@ def _figures(sweep: Sweep) -> str:
     if _utilities(sweep):
         parts.append(
             html_figure(
-                "Forgetting against model utility",
+                "Forgetting against utility",
                 "The same models, a mark a budget (mean over seeds; small dots are single seeds).",
                 svg_of(lambda axes: _draw_utility(axes, sweep), f"{sweep.name}: utility", _WIDTH, _HEIGHT),
             )

@@ -95,7 +95,7 @@ def test_every_method_has_the_same_number_of_tries() -> None:
     assert {len(configs) for configs in found.values()} == {2}
     assert all(c.steps == 6 for c in found["kfade"] if isinstance(c, UnlearnConfig))  # two passes over three batches
     budgets = [c.kl_budget for c in found["kfade"] if isinstance(c, UnlearnConfig)]
-    assert budgets == pytest.approx([0.009, 0.09])
+    assert budgets == pytest.approx([0.0075, 0.075])
     for name, configs in found.items():
         for config, rate in zip(configs, (1e-3, 1e-2), strict=True):
             if isinstance(config, BaselineConfig):
@@ -242,7 +242,7 @@ def checked(page: str) -> None:
 def test_the_page_fetches_nothing_and_escapes_all(tmp_path: Path) -> None:
     points = [point(m, seed, 10.0**-k, 1.0 + k + 0.1 * seed, seconds=2.0 / k) for m in ("kfade", "npo", "<b>")
               for seed in (0, 1) for k in (1, 2, 3)]  # fmt: skip
-    details = {"0.1": {"values": {"model utility": 0.5}, "replies": ["<i>yes</i>"]}}
+    details = {"0.1": {"values": {"utility": 0.5}, "replies": ["<i>yes</i>"]}}
     made = of(points, questions=["who?"], replies={"original": ["<u>me</u>"]})
     made = replace(made, runs=[replace(run, details=details, warnings=["<s>"]) for run in made.runs])
     page = compare_report.write(tmp_path, "title", "lead", [made]).read_text(encoding="utf-8")
