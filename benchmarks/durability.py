@@ -208,7 +208,8 @@ def draw(points: list[RelearnPoint], path: Path) -> None:
             draw_relearning(axes, points, attack)
             if number:
                 axes.set_ylabel("")
-            axes.legend(frameon=False, fontsize=7)
+        lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=8)
         figure.savefig(path, metadata={"Date": None})
 
 

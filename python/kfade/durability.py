@@ -194,9 +194,11 @@ def draw_relearning(axes: Any, points: Sequence[RelearnPoint], attack: str, scor
     titles = {"answer_found": "right answers, %", "forget_nll": "forget NLL, nats", "retain_kl": "retain KL, nats"}
     factor = 100 if score == "answer_found" else 1
     chosen = [p for p in points if p.attack == attack and getattr(p, score) is not None]
-    for model in dict.fromkeys(p.model for p in chosen):
+    for number, model in enumerate(dict.fromkeys(p.model for p in points)):
         line = [(p.step, factor * getattr(p, score)) for p in chosen if p.model == model]
-        axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=model)
+        if line:
+            # A model has one colour in the pictures of all attacks.
+            axes.plot(*zip(*line, strict=True), f"C{number % 10}", marker="o", markersize=3, label=model)
     if score == "answer_found":
         axes.set_ylim(-3, 103)
     axes.set_title(attack, fontsize=9)
