@@ -388,8 +388,8 @@ def smollm(options: argparse.Namespace) -> Sweep:
     cities = make_batches(tokenizer, forget, batch_size=FIT_BATCH, loss_on="answer")
     retain = make_batches(tokenizer, data.retain[: options.smollm_retain], batch_size=FIT_BATCH)
     retain += make_batches(tokenizer, data.text[: options.smollm_retain // 8], batch_size=FIT_BATCH)
-    held = make_batches(tokenizer, data.retain_held, batch_size=FIT_BATCH)
-    text = make_batches(tokenizer, data.text_held[:8], batch_size=FIT_BATCH)
+    held = make_batches(tokenizer, data.retain_held[:24], batch_size=FIT_BATCH)
+    text = make_batches(tokenizer, data.text_held[:4], batch_size=FIT_BATCH)
     shown = [*forget[:3], *data.retain_held[:: max(1, len(data.retain_held) // 3)][:3]]
 
     def inspect(of: Any) -> dict[str, Any]:
@@ -523,7 +523,7 @@ def main() -> None:
     large.add_argument("--smollm-budgets", type=float, nargs="+", default=[0.002, 0.01, 0.05])
     large.add_argument("--smollm-learning-rates", type=float, nargs="+", default=[1e-5, 5e-5])
     large.add_argument("--smollm-seeds", type=int, default=1)
-    large.add_argument("--smollm-epochs", type=float, default=4)
+    large.add_argument("--smollm-epochs", type=float, default=3)
     options = parser.parse_args()
     for name in ("seeds", "workers", "limit", "capitals", "smollm_seeds"):
         if getattr(options, name) < 1:
