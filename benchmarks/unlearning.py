@@ -354,7 +354,7 @@ def tofu_sweeps(options: argparse.Namespace, pool: ProcessPoolExecutor, stage: s
             Sweep(
                 f"What matters in K-FADE ({split})" if ablate else title, sizes(options, stage, split, ablate), runs,
                 [ends[seed].retrained for seed in seeds], [ends[seed].original for seed in seeds],
-                [] if ablate else first.questions, first.replies, {OURS: "K-FADE as it is"} if ablate else {},
+                [] if ablate else first.questions, first.replies, {OURS: "K-FADE"} if ablate else {},
             )
         )  # fmt: skip
     return sweeps
