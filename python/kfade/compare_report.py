@@ -45,6 +45,13 @@ def _axis(sweep: Sweep) -> str:
     return "KL(retrained ‖ model) on forget" if sweep.aims else "forget NLL"
 
 
+def _logarithmic(axes: Any, low: float, high: float) -> None:
+    """A logarithmic abscissa; over more than a decade only the powers of ten are named."""
+    axes.set(xscale="log", xlim=(low, high))
+    if high > 10 * low:
+        axes.xaxis.set_minor_formatter("")
+
+
 def _legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i] != "K-FADE")
@@ -87,7 +94,8 @@ def _draw_trade(axes: Any, sweep: Sweep) -> None:
     for budget in budgets:
         axes.axvline(budget, color=GREY, linewidth=0.9, linestyle=":")
     top = max([*values, start]) * 1.05 + 1e-9
-    axes.set(xscale="log", xlim=(low, high), ylim=(0, top))
+    _logarithmic(axes, low, high)
+    axes.set_ylim(0, top)
     axes.set_xlabel("retain KL to the original, held out (nats/token); dotted: the budgets")
     axes.set_ylabel(f"{_axis(sweep)} (nats/token)")
     _legend(axes)
@@ -101,7 +109,8 @@ def _draw_time(axes: Any, sweep: Sweep, budget: float) -> None:
     values = _steps(
         sweep, axes, list(np.geomspace(low, high, 160)), lambda s: at_equal_kl(sweep.points, budget, seconds=s)
     )
-    axes.set(xscale="log", xlim=(low, high), ylim=(0, max(values) * 1.05 + 1e-9))
+    _logarithmic(axes, low, high)
+    axes.set_ylim(0, max(values) * 1.05 + 1e-9)
     axes.set_xlabel("seconds of unlearning, its fits and searches included")
     axes.set_ylabel(f"{_axis(sweep)} (nats/token)")
     _legend(axes)
