@@ -39,6 +39,7 @@ from kfade.compare import (
     MARGIN,
     NAMES,
     OURS,
+    STEPWISE,
     Run,
     Sweep,
     Task,
@@ -289,7 +290,7 @@ def start_worker(options: argparse.Namespace) -> None:
 
 def ablated(options: argparse.Namespace) -> dict[str, UnlearnConfig]:
     """The variants of K-FADE, all at the middle budget."""
-    return ablation(replace(UnlearnConfig(), kl_budget=MARGIN * middle(options)))
+    return ablation(UnlearnConfig.stepwise(kl_budget=MARGIN * middle(options)))
 
 
 def work(stage: str, split: str, seed: int, label: str, ablate: bool) -> tuple[list[Run], Prepared]:
@@ -518,7 +519,7 @@ def main() -> None:
     large.add_argument("--smollm-retain", type=int, default=64, help="retain questions that methods are given")
     large.add_argument(
         "--smollm-methods", nargs="+", choices=NAMES,
-        default=[OURS, "gradient_difference", "npo", "simnpo", "undial_kl", "task_vector"],
+        default=[OURS, STEPWISE, "gradient_difference", "npo", "simnpo", "undial_kl", "task_vector"],
     )  # fmt: skip
     large.add_argument("--smollm-budgets", type=float, nargs="+", default=[0.002, 0.01, 0.05])
     large.add_argument("--smollm-learning-rates", type=float, nargs="+", default=[1e-5, 5e-5])

@@ -266,7 +266,9 @@ _StepSize = Annotated[
 _Objective = Annotated[
     str,
     typer.Option(
-        "--objective", help="distil (towards outputs that do not know), npo or cross_entropy.", rich_help_panel=_STEP
+        "--objective",
+        help="cross_entropy, npo (bounded), or distil (towards outputs that do not know).",
+        rich_help_panel=_STEP,
     ),
 ]
 _Margin = Annotated[
@@ -576,7 +578,7 @@ def unlearn(
     damping: _Damping = _UNLEARN.damping,
     damping_kind: _DampingKind = _UNLEARN.damping_kind,
     steps: _Steps = _UNLEARN.steps,
-    batches_per_step: _BatchesPerStep = 1,
+    batches_per_step: _BatchesPerStep = 0,
     kl_budget: _KlBudget = None,
     step_size: _StepSize = _UNLEARN.step_size,
     step_share: _StepShare = _UNLEARN.step_share,

@@ -44,12 +44,13 @@ Config = UnlearnConfig | BaselineConfig
 Batches = Sequence[Mapping[str, Tensor]]
 Inspect = Callable[[Any], dict[str, Any]]
 
-OURS = "kfade"
+OURS, STEPWISE = "kfade", "kfade_stepwise"
 # Baselines with other options than those they are published with.
 VARIANTS: dict[str, dict[str, Any]] = {"undial_kl": {"method": "undial", "retain_weight": 1.0, "retain_loss": "kl"}}
-NAMES = (OURS, *METHODS, *VARIANTS)
+NAMES = (OURS, STEPWISE, *METHODS, *VARIANTS)
 TITLES = {
     OURS: "K-FADE",
+    STEPWISE: "K-FADE, many steps",
     "gradient_ascent": "gradient ascent",
     "gradient_difference": "gradient difference",
     "npo": "NPO",
@@ -257,7 +258,7 @@ def check_methods(names: Iterable[str]) -> None:
 def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> list[Config]:
     """The configurations of a method, as many for each: a baseline's learning rates, K-FADE's budgets.
 
-    K-FADE takes its default steps, or fewer if the allowance is smaller, and spends budgets of its own, from the
+    K-FADE takes its own number of steps, or fewer if the allowance is smaller, and spends budgets of its own, from the
     smallest to the largest at equal ratios, a quarter below ours. RMU steers layer 7 as published, or in a shallower
     model the last but one.
 
@@ -271,10 +272,10 @@ def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> 
         ValueError: no such method.
     """
     check_methods([name])
-    if name == OURS:
+    if name in (OURS, STEPWISE):
         low, high, count = min(options.budgets), max(options.budgets), len(options.learning_rates)
         ratios = [i / (count - 1) for i in range(count)] if count > 1 else [1.0]
-        base = within(UnlearnConfig(), batches, options.epochs)
+        base = within(UnlearnConfig() if name == OURS else UnlearnConfig.stepwise(), batches, options.epochs)
         return [replace(base, kl_budget=float(f"{MARGIN * low * (high / low) ** r:.4g}")) for r in ratios]
     values: dict[str, Any] = {"method": name, **VARIANTS.get(name, {}), "epochs": options.epochs}
     if name == "rmu":
@@ -716,8 +717,8 @@ def points_csv(points: Sequence[Point]) -> str:
 
 
 def ablation(base: UnlearnConfig | None = None) -> dict[str, UnlearnConfig]:
-    """K-FADE with one thing changed at a time, by what it is."""
-    base = base or UnlearnConfig()
+    """K-FADE in many steps with one thing changed at a time, by what it is."""
+    base = base or UnlearnConfig.stepwise()
 
     def fit(**changes: Any) -> UnlearnConfig:
         return replace(base, fit=FitConfig(**{**asdict(base.fit), **changes}))
@@ -731,7 +732,7 @@ def ablation(base: UnlearnConfig | None = None) -> dict[str, UnlearnConfig]:
     found["fitted again at every quarter"] = replace(base, refit_every=max(1, base.steps // 4))
     found["no retain-KL term"] = replace(base, retain_weight=0.0)
     found["Fisher at temperature 1"] = fit(temperature=1.0)
-    found["one step, as published"] = UnlearnConfig.paper(kl_budget=base.kl_budget)
+    found["one step, as published"] = UnlearnConfig(kl_budget=base.kl_budget)
     return {name: config for name, config in found.items() if name == OURS or config != base}
 
 

@@ -96,10 +96,10 @@ class UnlearnConfig:
         damping: λ of the solve.
         damping_kind: `relative` multiplies `damping` by the mean eigenvalue of each layer;
             `absolute` takes it as it is, in the unit of Λ.
-        objective: what a step descends on the forget set. `distil` is the KL from a target that does not know:
-            the original model's outputs with the logit of each label lowered, and flattened. `npo` and
-            `cross_entropy` (the paper's, which has no bound) ascend the loss; `npo` weights each sequence by how
-            much of it is still remembered.
+        objective: what a step descends on the forget set. `cross_entropy` (the paper's, which has no bound) and
+            `npo` ascend the loss; `npo` weights each sequence by how much of it is still remembered. `distil` is the
+            KL from a target that does not know: the original model's outputs with the logit of each label lowered,
+            and flattened.
         margin: by how much `distil` lowers the logit of a label, in nats.
         target_temperature: what `distil` divides the target's logits by.
         npo_beta: inverse temperature of `npo`.
@@ -108,8 +108,8 @@ class UnlearnConfig:
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
             `step_size` is given.
         step_share: predicted KL of the first step as a share of the budget; later steps shrink to nothing linearly
-            in length, and the share is corrected on the way where the measured KL is four times off the budget. A
-            single step has the length that the measured KL allows.
+            in length, and the share is corrected on the way where the measured KL is more than four times the budget,
+            or less than a quarter of it. A single step has the length that the measured KL allows.
         step_size: η of every step, instead of a budget.
         retain_weight: c, the weight of the gradient of the retain KL in every step; 0 leaves it out.
         cg_iterations: solve by so many conjugate-gradient iterations on the exact Gauss-Newton matrix of the step's
@@ -120,19 +120,19 @@ class UnlearnConfig:
         trials: at most so many measurements of KL, for the scale of the update.
     """
 
-    fit: FitConfig = field(default_factory=lambda: FitConfig(temperature=3.0))
+    fit: FitConfig = field(default_factory=FitConfig)
     damping: float = 0.1
     damping_kind: str = "relative"
-    objective: str = "distil"
+    objective: str = "cross_entropy"
     margin: float = 5.0
     target_temperature: float = 2.0
     npo_beta: float = 0.1
-    steps: int = 40
-    batches_per_step: int | None = 1
+    steps: int = 1
+    batches_per_step: int | None = None
     kl_budget: float | None = 0.02
     step_share: float = 0.02
     step_size: float | None = None
-    retain_weight: float = 10.0
+    retain_weight: float = 0.0
     cg_iterations: int = 0
     refit_every: int = 0
     holdout: float = 0.2
@@ -168,18 +168,18 @@ class UnlearnConfig:
         _integer("trials", self.trials, 1)
 
     @classmethod
-    def paper(cls, **changes: Any) -> UnlearnConfig:
-        """One uphill step on the cross-entropy of the whole forget set, `η (F + λI)⁻¹ ∇L`, as published.
+    def stepwise(cls, **changes: Any) -> UnlearnConfig:
+        """Many short steps on batches, towards outputs that do not know, in the metric of softened outputs.
 
         Args:
             changes: fields to set otherwise.
         """
         values: dict[str, Any] = {
-            "fit": FitConfig(),
-            "objective": "cross_entropy",
-            "steps": 1,
-            "batches_per_step": None,
-            "retain_weight": 0.0,
+            "fit": FitConfig(temperature=3.0),
+            "objective": "distil",
+            "steps": 40,
+            "batches_per_step": 1,
+            "retain_weight": 10.0,
         }
         return cls(**{**values, **changes})
 

@@ -15,7 +15,7 @@ from .report import Comparison, spread, write_report
 from .unlearn import UnlearnReport, unlearn
 from .update import Update
 
-CONFIG = UnlearnConfig.paper(kl_budget=0.002)
+CONFIG = UnlearnConfig(kl_budget=0.002)
 DATA = Path(__file__).parent / "data" / "demo"
 NEW_TOKENS = 16
 BATCH = 32

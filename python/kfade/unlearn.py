@@ -5,11 +5,11 @@ One step from the accumulated change Δ, on one batch of the forget set and one 
     Δ ← Δ − η (F + λI)⁻¹ (∇L + c ∇KL_retain)
 
 with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568) and L what is descended on
-the forget set: by default the KL from outputs that do not know the labels, so that a step stops where nothing is left
-to forget. η makes the predicted KL of a step, `½ η² dᵀ(F + λI)d`, a share of the budget, and falls linearly to zero;
-the share is corrected where the measured KL is far from the budget on the way. At the end the whole change is scaled
-down to the largest whose KL, *measured* on held-out retain sequences, is within the budget; a single step has just
-that length (`UnlearnConfig.paper` is the published one). Predictions only say where the search begins: steps of merely
+the forget set: minus its loss, or the KL from outputs that do not know the labels. By default there is one step, on the
+whole forget set, whose length is the largest found whose KL, *measured* on held-out retain sequences, is within the
+budget. With many (`UnlearnConfig.stepwise`) η makes the predicted KL of a step, `½ η² dᵀ(F + λI)d`, a share of the
+budget and falls linearly to zero; the share is corrected where the measured KL is far from the budget on the way, and
+at the end the whole change is scaled down into it. Predictions only say where a search begins: steps of merely
 predicted size diverge.
 """
 
@@ -36,10 +36,11 @@ from .loss import Batch, Head, Ignorance, require_finite
 from .progress import Progress, Stage, StageCost
 from .update import Update
 
-# Looks at the state on the way: so many, each at as many batches as this part of the steps.
-LOOKS = 4
-GLANCE = 8
-# A look that finds the measured KL so many times off the budget corrects the predicted KL of later steps by as much.
+# Looks at the state on the way: after the first step and so often, each at as many batches as this part of the steps.
+LOOKS = 8
+GLANCE = 16
+# On the way the KL may be so many times the budget: what early steps break, the retain term mends. Beyond, or as far
+# below, later steps are corrected.
 OFF = 4.0
 
 
@@ -509,7 +510,7 @@ class _Stepper:
     def take_all(self, every: int, observe: Callable[[int, float], None] | None) -> None:
         """All steps."""
         steps = self.config.steps
-        looks = {-(-steps * i // LOOKS) for i in range(1, LOOKS + 1)} if steps > 1 else set()
+        looks = {1, *(-(-steps * i // LOOKS) for i in range(1, LOOKS + 1))} if steps > 1 else set()
         tokens = [sum(b.tokens for b in (*f, *r)) for f, r in zip(self._forgets, self._retains, strict=True)]
         begin = time.perf_counter()
         if self.curvature is None:
@@ -548,9 +549,10 @@ class _Stepper:
         self.report.steps.append(Step(number, eta, predicted, kl, forget_nll, retain_nll, self._refits))
         self.progress.say(f"step {number}: forget NLL {forget_nll:.3f}, retain KL {kl:.4f}, η {eta:.3g}")
         if self.config.kl_budget is not None:
-            if not kl <= OFF * self.config.kl_budget:
-                self._share /= OFF
-            elif kl < self.config.kl_budget / OFF:
+            most = OFF * self.config.kl_budget
+            if not kl <= most:
+                self._share *= max(most / kl, 1e-3) if math.isfinite(kl) else 1e-3
+            elif number > 1 and kl < self.config.kl_budget / OFF:
                 self._share *= OFF
 
     def finish(self) -> None:

@@ -155,7 +155,7 @@ def test_config_file_repeats_the_run(home: Path, run: tuple[Path, dict[str, Any]
     first, second = (yaml.safe_load((p / "config.yaml").read_text()) for p in (out, tmp_path / "again"))
     assert first["out"] != second["out"]
     assert {**first, "out": ""} == {**second, "out": ""}
-    assert first["save_model"] is True and first["retain_weight"] == 10.0 and first["chat"] is None
+    assert first["save_model"] is True and first["retain_weight"] == 0.0 and first["chat"] is None
     a, b = (kfade.Update.load(p).tensors for p in (out, tmp_path / "again"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

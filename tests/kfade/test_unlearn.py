@@ -81,7 +81,8 @@ def test_the_budget_is_met_as_measured_and_the_model_is_left_alone(curvature: st
     before = weights(model)
     forget, retain = batches(1, count=1), batches(2, count=4)
     changes = {"kl_budget": 0.01, "holdout": 0.25, "fit": kfade.FitConfig(curvature=curvature)}
-    config = kfade.UnlearnConfig.paper(**changes) if steps == 1 else kfade.UnlearnConfig(steps=steps, **changes)
+    make = kfade.UnlearnConfig if steps == 1 else kfade.UnlearnConfig.stepwise
+    config = make(steps=steps, **changes)
     update = kfade.unlearn(model, forget, retain, config)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -89,7 +90,7 @@ def test_the_budget_is_met_as_measured_and_the_model_is_left_alone(curvature: st
     end = report.outcome
     assert end.scale > 0 and not end.reason and end.measured_kl <= 0.01
     assert end.forget_nll > report.forget_nll
-    assert [step.number for step in report.steps] == ([] if steps == 1 else [2, 3, 5, 6])
+    assert [step.number for step in report.steps] == ([] if steps == 1 else [1, 2, 3, 4, 5, 6])
     if steps == 1:
         assert end.measured_kl > 0.5 * 0.01
     # What the report says of held-out sequences is what plain PyTorch measures on them.
@@ -105,19 +106,10 @@ def test_many_steps_forget_more_than_one_at_the_same_budget() -> None:
     forget, retain = batches(1, count=1), batches(2, count=4)
     ends = [
         kfade.unlearn(llama(), forget, retain, config).report.outcome
-        for config in (kfade.UnlearnConfig.paper(kl_budget=0.1), kfade.UnlearnConfig(kl_budget=0.1))
+        for config in (kfade.UnlearnConfig(kl_budget=0.1), kfade.UnlearnConfig.stepwise(kl_budget=0.1))
     ]
     assert all(end.measured_kl <= 0.1 for end in ends)
     assert ends[1].forget_nll > ends[0].forget_nll
-
-
-def test_the_retain_gradient_lowers_the_kl_that_the_steps_cost() -> None:
-    forget, retain = batches(1, count=1), batches(2, count=4)
-    costs = []
-    for weight in (0.0, 10.0):
-        config = kfade.UnlearnConfig(steps=16, kl_budget=0.1, retain_weight=weight)
-        costs.append(kfade.unlearn(llama(), forget, retain, config).report.steps[-1].measured_kl)
-    assert costs[1] < costs[0]
 
 
 def dense_direction(
@@ -136,7 +128,7 @@ def test_a_given_step_size_is_taken_and_is_the_formula() -> None:
     torch.manual_seed(0)
     model = llama().double()
     forget, retain = batches(1, count=2), batches(2, count=4)
-    config = kfade.UnlearnConfig.paper(kl_budget=None, step_size=0.3, damping=0.5)
+    config = kfade.UnlearnConfig(kl_budget=None, step_size=0.3, damping=0.5)
     _, fitted = reversed(split_holdout(check_batches(retain, torch.device("cpu")), config.holdout))
     data = [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in fitted]
     curvature = kfade.fit(model, data)
@@ -155,12 +147,12 @@ def test_a_given_step_size_is_taken_and_is_the_formula() -> None:
         torch.testing.assert_close(update.tensors[f"{name}.weight"], 0.3 * direction, rtol=1e-9, atol=1e-12)
 
 
-def test_a_step_of_the_default_is_the_formula() -> None:
+def test_a_step_of_many_is_the_formula() -> None:
     """Δ = −η (F + λI)⁻¹ (∇KL(q ‖ p) + c ∇KL(p₀ ‖ p)) from a moved state, in float64, against plain autograd."""
     torch.manual_seed(0)
     model = llama().double()
     forget, retain = batches(1, count=1), batches(2, count=1, size=8)
-    config = kfade.UnlearnConfig(steps=2, kl_budget=None, step_size=0.2, margin=3.0, target_temperature=1.5)
+    config = kfade.UnlearnConfig.stepwise(steps=2, kl_budget=None, step_size=0.2, margin=3.0, target_temperature=1.5)
     fitted, _ = split_holdout(check_batches(retain, torch.device("cpu")), config.holdout)
     data = [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in fitted]
     curvature = kfade.fit(model, data, config.fit)
@@ -190,7 +182,7 @@ def test_steps_have_their_share_of_predicted_kl() -> None:
     torch.manual_seed(0)
     model = llama().double()
     seen: list[dict[str, Tensor]] = []
-    config = kfade.UnlearnConfig(steps=4, kl_budget=0.05, step_share=0.1, damping=0.0, retain_weight=0.0)
+    config = kfade.UnlearnConfig.stepwise(steps=4, kl_budget=0.05, step_share=0.1, damping=0.0, retain_weight=0.0)
     fitted, _ = split_holdout(check_batches(batches(2, 4), torch.device("cpu")), config.holdout)
     data = [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in fitted]
     # Each matrix has far fewer rows than the data, so F is invertible without damping.
@@ -210,7 +202,7 @@ def test_steps_have_their_share_of_predicted_kl() -> None:
         assert predicted == pytest.approx(share * 0.05 * (1 - number / 4) ** 2, rel=1e-6)
         before = now
         off = report.steps[number].measured_kl / 0.05
-        share *= 4 if off < 0.25 else 0.25 if off > 4 else 1
+        share *= 4 / off if off > 4 else 4 if off < 0.25 and number else 1
     assert share != 0.1
 
 
@@ -219,7 +211,7 @@ def test_what_cannot_meet_its_budget_is_dropped_and_reported() -> None:
     model = llama()
     # The prediction of this block-diagonal matrix is too small, so that its only trial overshoots.
     update = kfade.unlearn(
-        model, batches(1, count=1), batches(2, count=4), kfade.UnlearnConfig.paper(kl_budget=1e-3, trials=1)
+        model, batches(1, count=1), batches(2, count=4), kfade.UnlearnConfig(kl_budget=1e-3, trials=1)
     )
     end = update.report.outcome
     assert end.measured_kl == 0 and end.scale == 0 and "budget" in end.reason
@@ -229,21 +221,21 @@ def test_what_cannot_meet_its_budget_is_dropped_and_reported() -> None:
 
 def test_refits_are_counted() -> None:
     torch.manual_seed(0)
-    config = kfade.UnlearnConfig(steps=4, refit_every=2)
+    config = kfade.UnlearnConfig.stepwise(steps=4, refit_every=2)
     report = kfade.unlearn(llama(), batches(1, 1), batches(2, 4), config).report
     assert [step.refitted for step in report.steps] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("objective", ["distil", "npo", "cross_entropy"])
 def test_same_seed_same_bits_and_every_objective_forgets(objective: str) -> None:
-    config = kfade.UnlearnConfig(steps=6, objective=objective, kl_budget=0.1)
+    config = kfade.UnlearnConfig.stepwise(steps=6, objective=objective, kl_budget=0.1)
     (learnt,) = batches(1, count=1)
     forget, retain = [{k: v[i : i + 2] for k, v in learnt.items()} for i in (0, 2)], batches(2, count=4)
     first, second = (kfade.unlearn(llama(), forget, retain, config) for _ in range(2))
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
     assert first.report.outcome.forget_nll > first.report.forget_nll
     other = kfade.unlearn(
-        llama(), forget, retain, kfade.UnlearnConfig(fit=kfade.FitConfig(seed=1, temperature=3.0), steps=6)
+        llama(), forget, retain, kfade.UnlearnConfig.stepwise(fit=kfade.FitConfig(seed=1, temperature=3.0), steps=6)
     )
     assert not all(torch.equal(tensor, other.tensors[name]) for name, tensor in first.tensors.items())
 
@@ -264,7 +256,9 @@ def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kfade.unlearn(model, batches(1), batches(2, 4), kfade.UnlearnConfig(steps=3), every=2, observe=interrupt)
+        kfade.unlearn(
+            model, batches(1), batches(2, 4), kfade.UnlearnConfig.stepwise(steps=3), every=2, observe=interrupt
+        )
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
@@ -363,7 +357,7 @@ def test_predicted_kl_tends_to_the_measured_one_where_the_fisher_is_exact() -> N
     curvature = kfade.fit(model, data, kfade.FitConfig(curvature="kfac", modules="first", samples=200))
     checked = check_batches(data, torch.device("cpu"))
     layers = select(model, "first")
-    run = _Run(model, layers, Head(model, checked[0], [model.first]), kfade.UnlearnConfig())
+    run = _Run(model, layers, Head(model, checked[0], [model.first]), kfade.UnlearnConfig.stepwise())
     direction = {"first": torch.randn(WORDS, 3, dtype=torch.float64)}
     ratios = []
     with deterministic_mode(model), kfade.Progress().stage("") as stage:
@@ -379,7 +373,7 @@ def test_predicted_kl_tends_to_the_measured_one_where_the_fisher_is_exact() -> N
 def test_layers_with_biases_and_transposed_weights() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=16)).eval()
-    config = kfade.UnlearnConfig(fit=kfade.FitConfig(modules="all-linear"), steps=2, kl_budget=0.01)
+    config = kfade.UnlearnConfig.stepwise(fit=kfade.FitConfig(modules="all-linear"), steps=2, kl_budget=0.01)
     update = kfade.unlearn(model, batches(1, 1), batches(2, 4), config)
     assert update.report.outcome.scale > 0
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -407,7 +401,7 @@ def test_layers_with_biases_and_transposed_weights() -> None:
 )
 def test_bad_options_are_named(changes: dict[str, object], named: str) -> None:
     with pytest.raises((ValueError, TypeError), match=named):
-        kfade.UnlearnConfig(**changes)  # type: ignore[arg-type]
+        kfade.UnlearnConfig.stepwise(**changes)  # type: ignore[arg-type]
 
 
 def test_a_curvature_of_other_layers_and_too_few_sequences_are_refused() -> None:
