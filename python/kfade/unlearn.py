@@ -36,6 +36,8 @@ from .loss import Batch, Head, Ignorance, require_finite
 from .progress import Progress, Stage, StageCost
 from .update import Update
 
+# A weight, batches, and what gives the gradient of their summed loss on rows.
+_Part = tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]
 # Looks at the state on the way: after the first step and so often, each at as many batches as this part of the steps.
 LOOKS = 8
 GLANCE = 16
@@ -206,18 +208,15 @@ class _Run:
         """Only the tracked parameters take gradients; what they had in `.grad` comes back at the end."""
         return trained(self.model, [p for layer in self.layers for p in layer.parameters().values()])
 
-    def gradient(self, parts: Sequence[tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]]) -> Matrices:
-        """Gradient of a weighted sum of losses, each a token mean.
-
-        Args:
-            parts: a weight, batches, and what gives the gradient of their summed loss on rows.
-        """
+    def gradient(self, parts: Sequence[_Part], stage: Stage) -> Matrices:
+        """Gradient of a weighted sum of losses, each a token mean."""
         with self._tracked():
             for weight, batches, on_rows in parts:
                 tokens = sum(len(batch.loss_index) for batch in batches)
                 for batch in batches:
                     rows = self.head.rows(batch)
                     rows.backward(on_rows(rows, batch) * (weight / tokens))
+                    stage.advance(batch.tokens)
             return gradient_matrices(self.layers, self.dtype)
 
 
@@ -465,15 +464,13 @@ class _Stepper:
 
     # ---- steps
 
-    def _direction(self, number: int) -> tuple[Matrices, float]:
+    def _direction(self, number: int, stage: Stage) -> tuple[Matrices, float]:
         """d = −(F + λI)⁻¹ g of one step, and `½ dᵀ(F + λI)d = −½ dᵀg`."""
         config, kept = self.config, self._retains[number - 1]
-        parts: list[tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]] = [
-            (1.0, self._forgets[number - 1], self._forget_on_rows)
-        ]
+        parts: list[_Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
         if config.retain_weight:
             parts.append((config.retain_weight, kept, self._retain_on_rows))
-        gradient = self.run.gradient(parts)
+        gradient = self.run.gradient(parts, stage)
         if config.cg_iterations:
             solved = conjugate_gradients(
                 lambda v: self._damped_product(v, kept), gradient, self._solve, config.cg_iterations
@@ -522,14 +519,13 @@ class _Stepper:
                 if self.config.refit_every and number > 1 and (number - 1) % self.config.refit_every == 0:
                     self._fit()
                     self._refits += 1
-                direction, half_square = self._direction(number)
+                direction, half_square = self._direction(number, stage)
                 eta = self._step_size(number, half_square)
                 for name, matrix in direction.items():
                     self.change[name].add_(matrix, alpha=eta)
                 self.run.set_change(self.change)
                 self._seconds += time.perf_counter() - begin
                 self.report.tokens += tokens[number - 1]
-                stage.advance(tokens[number - 1])
                 if number in looks:
                     self._look(number, eta)
                 if observe is not None and number % every == 0:
