@@ -23,6 +23,7 @@ import kfade
 from kfade import baselines
 from kfade.baselines import METHODS, BaselineConfig, Context, TrainConfig, finetune, retrain, run_baseline
 from kfade.fit import check_batches
+from kfade.unlearn import cycled
 
 CPU = torch.device("cpu")
 FORGET = [batch("right", seed=1), batch("left", seed=2)]
@@ -405,10 +406,10 @@ def test_without_a_retain_weight_no_retain_batch_runs() -> None:
 
 def test_every_round_has_every_batch_once_and_another_order() -> None:
     checked = check_batches(RETAIN, CPU)
-    numbers = [b.index for b in baselines._cycled(checked, 30, "retain 0")]
+    numbers = [b.index for b in cycled(checked, 30, "retain 0")]
     rounds = [tuple(numbers[i : i + 3]) for i in range(0, 30, 3)]
     assert all(sorted(r) == [0, 1, 2] for r in rounds) and len(set(rounds)) > 1
-    assert len(baselines._cycled(checked, 4, "retain 0")) == 4
+    assert len(cycled(checked, 4, "retain 0")) == 4
 
 
 def test_a_task_vector_is_what_training_adds_the_other_way() -> None:
@@ -444,7 +445,7 @@ def test_finetune_is_plain_training() -> None:
     data = FORGET + RETAIN
     options = TrainConfig(learning_rate=3e-3, epochs=3, schedule="cosine", weight_decay=0.1, clip=0.5, seed=4)
     report = finetune(model, data, options)
-    order = [b.index for b in baselines._cycled(check_batches(data, CPU), 15, "forget 4")]
+    order = [b.index for b in cycled(check_batches(data, CPU), 15, "forget 4")]
     groups = [
         {"params": [p for p in other.parameters() if p.ndim == n], "weight_decay": decay}
         for n, decay in ((2, 0.1), (1, 0.0))

@@ -15,7 +15,7 @@ from kfade.capture import deterministic_mode
 from kfade.fit import check_batches
 from kfade.layers import select
 from kfade.loss import Head, Ignorance
-from kfade.unlearn import Trial, _half_square, _Run, _scaled, cycled, npo_weights, search_step_size, split_holdout
+from kfade.unlearn import Trial, _half_square, _Run, _scaled, npo_weights, search_step_size, split_holdout
 
 WORDS = 31
 Batches = list[dict[str, Tensor]]
@@ -238,13 +238,6 @@ def test_same_seed_same_bits_and_every_objective_forgets(objective: str) -> None
         llama(), forget, retain, kfade.UnlearnConfig.stepwise(fit=kfade.FitConfig(seed=1, temperature=3.0), steps=6)
     )
     assert not all(torch.equal(tensor, other.tensors[name]) for name, tensor in first.tensors.items())
-
-
-def test_every_batch_comes_before_any_comes_again() -> None:
-    checked = check_batches(batches(1, count=5), torch.device("cpu"))
-    order = [batch.index for batch in cycled(checked, 12, "seed")]
-    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
-    assert order == [batch.index for batch in cycled(checked, 12, "seed")]
 
 
 def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
