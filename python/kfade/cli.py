@@ -249,7 +249,9 @@ _BatchesPerStep = Annotated[
 ]
 _StepShare = Annotated[
     float,
-    typer.Option("--step-share", help="Predicted KL of the first step, a share of the budget.", rich_help_panel=_STEP),
+    typer.Option(
+        "--step-share", help="What the first of many steps costs, a share of the budget.", rich_help_panel=_STEP
+    ),
 ]
 _KlBudget = Annotated[
     float | None,

@@ -107,30 +107,32 @@ class UnlearnConfig:
         batches_per_step: forget batches, and retain batches, of one step; None takes all of both.
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
             `step_size` is given.
-        step_share: predicted KL of the first step as a share of the budget; later steps shrink to nothing linearly
-            in length, and the share is corrected on the way where the measured KL is more than four times the budget,
-            or less than a quarter of it. A single step has the length that the measured KL allows.
+        step_share: what the first of several steps is measured to cost, as a share of the budget. Later ones have its
+            predicted KL, shrinking to nothing linearly in length, and less where the KL on the way is more than four
+            times the budget. A single step has the length that the measured KL allows.
         step_size: η of every step, instead of a budget.
-        retain_weight: c, the weight of the gradient of the retain KL in every step; 0 leaves it out.
+        retain_weight: c, the weight of the gradient of the retain KL in the first steps; 0 leaves it out. Later it
+            follows the measured KL where there is a budget: eight times in a run it is multiplied by the share of the
+            budget that is spent, by ½ at least and 4 at most.
         cg_iterations: solve by so many conjugate-gradient iterations on the exact Gauss-Newton matrix of the step's
             retain batches, preconditioned by the fitted curvature; 0 takes the fitted one's own solution. Each costs
             about six forward passes over these batches.
         refit_every: refit the curvature every so many steps; 0 never.
         holdout: share of the retain sequences kept out of the fit and of the steps, on which KL is measured.
-        trials: at most so many measurements of KL, for the scale of the update.
+        trials: at most so many measurements of KL, for the scale of the update, and for the length of the first step.
     """
 
     fit: FitConfig = field(default_factory=FitConfig)
     damping: float = 0.1
     damping_kind: str = "relative"
     objective: str = "cross_entropy"
-    margin: float = 5.0
+    margin: float = 10.0
     target_temperature: float = 2.0
     npo_beta: float = 0.1
     steps: int = 1
     batches_per_step: int | None = None
     kl_budget: float | None = 0.02
-    step_share: float = 0.02
+    step_share: float = 0.1
     step_size: float | None = None
     retain_weight: float = 0.0
     cg_iterations: int = 0

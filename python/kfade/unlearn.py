@@ -7,10 +7,10 @@ One step from the accumulated change Δ, on one batch of the forget set and one 
 with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568) and L what is descended on
 the forget set: minus its loss, or the KL from outputs that do not know the labels. By default there is one step, on the
 whole forget set, whose length is the largest found whose KL, *measured* on held-out retain sequences, is within the
-budget. With many (`UnlearnConfig.stepwise`) η makes the predicted KL of a step, `½ η² dᵀ(F + λI)d`, a share of the
-budget and falls linearly to zero; the share is corrected where the measured KL is far from the budget on the way, and
-at the end the whole change is scaled down into it. Predictions only say where a search begins: steps of merely
-predicted size diverge.
+budget. With many (`UnlearnConfig.stepwise`) the first is *measured* to cost a share of the budget, and what is
+predicted of it, `½ η² dᵀ(F + λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a
+hundredfold between models, but little between steps. On the way c follows the measured KL, so that the path ends near
+the budget; at the end the whole change is scaled down into it. Steps of merely predicted size diverge.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from .update import Update
 
 # A weight, batches, and what gives the gradient of their summed loss on rows.
 _Part = tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]
-# Looks at the state on the way: after the first step and so often, each at as many batches as this part of the steps.
+# Looks at the state on the way: after the first step and so often, each at so many held-out and forget sequences.
 LOOKS = 8
-GLANCE = 16
-# On the way the KL may be so many times the budget: what early steps break, the retain term mends. Beyond, or as far
-# below, later steps are corrected.
+GLANCE = 32
+# On the way the KL may be so many times the budget: what early steps break, the retain term mends. Beyond, later steps
+# are shorter. From look to look the weight of that term follows the share of the budget that is spent, within factors.
 OFF = 4.0
+PULL = (0.5, 4.0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Step:
         measured_kl: KL to the original model on held-out retain sequences, nats a token.
         forget_nll, retain_nll: token means; retain on the held-out sequences.
         refitted: how often the curvature was fitted anew before.
+        retain_weight: c in the last of them.
     """
 
     number: int
@@ -75,6 +77,7 @@ class Step:
     forget_nll: float
     retain_nll: float
     refitted: int
+    retain_weight: float
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,13 @@ def cycled(batches: Sequence[Batch], count: int, seed: str) -> list[Batch]:
     return picked[:count]
 
 
+def _spread(batches: Sequence[Batch], sequences: int) -> list[Batch]:
+    """Every so many of the batches, with at least so many sequences if there are as many."""
+    total = sum(len(batch.input_ids) for batch in batches)
+    stride = max(1, total // sequences)
+    return list(batches[::stride])
+
+
 def search_step_size(
     measure: Callable[[float], float],
     predicted: Callable[[float], float],
@@ -402,14 +412,12 @@ class _Stepper:
             for layer in run.layers
         }
         config, count = self.config, self.config.batches_per_step
-        # A single step takes its length from the search at the end.
-        self._share = config.step_share if config.steps > 1 else 1.0
+        self._predicted, self._retain_weight = 0.0, config.retain_weight
         self._forgets = self._order(forget, count, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
         needed = config.retain_weight or config.cg_iterations
         self._retains = self._order(losing, count, "retain") if needed else [[]] * config.steps
-        glance = max(1, -(-config.steps // GLANCE))
-        self._few_held, self._few_forget = held[:glance], forget[:glance]
+        self._few_held, self._few_forget = _spread(held, GLANCE), _spread(forget, GLANCE)
         self._refits, self._seconds = 0, 0.0
 
         pulled = {batch.index: batch for part in self._retains for batch in part}
@@ -417,14 +425,14 @@ class _Stepper:
         total = sum(b.tokens for part in (held, held, pulled.values(), *[forget] * (1 + distils)) for b in part)
         with progress.stage("original outputs", total) as stage:
             begin = time.perf_counter()
-            self._held_rows = run.references(held, stage)
+            self._held_rows = dict(zip((b.index for b in held), run.references(held, stage), strict=True))
             self._retain_rows = dict(zip(pulled, run.references(list(pulled.values()), stage), strict=True))
             self._forget_rows: dict[int, Tensor] = {}
             if distils:
                 self._forget_rows = dict(zip((b.index for b in forget), run.references(forget, stage), strict=True))
             sums = run.sequence_nll(forget, stage)
             self._start = dict(zip((b.index for b in forget), sums, strict=True))
-            _, retain_nll = run.measure(held, self._held_rows, stage)
+            _, retain_nll = run.measure(held, list(self._held_rows.values()), stage)
             self._seconds += time.perf_counter() - begin
         self.report = UnlearnReport(
             to_dict(config), model_id(run.model), self._mean_nll(forget, sums), retain_nll, costs=progress.costs
@@ -469,7 +477,7 @@ class _Stepper:
         config, kept = self.config, self._retains[number - 1]
         parts: list[_Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
         if config.retain_weight:
-            parts.append((config.retain_weight, kept, self._retain_on_rows))
+            parts.append((self._retain_weight, kept, self._retain_on_rows))
         gradient = self.run.gradient(parts, stage)
         if config.cg_iterations:
             solved = conjugate_gradients(
@@ -494,15 +502,35 @@ class _Stepper:
             matrix.add_(matrices[name], alpha=self.curvature[name].damping(config.damping, config.damping_kind))
         return product
 
-    def _step_size(self, number: int, half_square: float) -> float:
+    def _step_size(self, number: int, direction: Matrices, half_square: float) -> float:
         """η, for a direction of this `½ dᵀ(F + λI)d`; 0 where there is nothing to do."""
-        if self.config.step_size is not None:
-            return self.config.step_size
-        assert self.config.kl_budget is not None
+        config = self.config
+        if config.step_size is not None:
+            return config.step_size
         if not (math.isfinite(half_square) and half_square > 0):
             return 0.0
-        left = 1 - (number - 1) / self.config.steps
-        return left * math.sqrt(self._share * self.config.kl_budget / half_square)
+        if number == 1:
+            self._predicted = self._first_prediction(direction, half_square)
+        return (1 - (number - 1) / config.steps) * math.sqrt(self._predicted / half_square)
+
+    def _first_prediction(self, direction: Matrices, half_square: float) -> float:
+        """The predicted KL of a first step that is measured to cost its share of the budget.
+
+        Predictions are off by a factor that differs a hundredfold between models, but little between steps.
+        """
+        assert self.config.kl_budget is not None
+        if self.config.steps == 1:
+            # The search at the end measures it.
+            return self.config.kl_budget
+        target = self.config.kl_budget * self.config.step_share
+
+        def measure(eta: float) -> float:
+            self.run.set_change(_scaled(direction, eta))
+            return self._glance_kl()[0]
+
+        first = math.sqrt(target / half_square)
+        eta, trials = search_step_size(measure, lambda x: x * x * half_square, first, 0.0, target, self.config.trials)
+        return (eta or min(trial.eta for trial in trials)) ** 2 * half_square
 
     def take_all(self, every: int, observe: Callable[[int, float], None] | None) -> None:
         """All steps."""
@@ -520,7 +548,7 @@ class _Stepper:
                     self._fit()
                     self._refits += 1
                 direction, half_square = self._direction(number, stage)
-                eta = self._step_size(number, half_square)
+                eta = self._step_size(number, direction, half_square)
                 for name, matrix in direction.items():
                     self.change[name].add_(matrix, alpha=eta)
                 self.run.set_change(self.change)
@@ -537,19 +565,27 @@ class _Stepper:
     def _look(self, number: int, eta: float) -> None:
         """Note the state on a few batches."""
         assert self.curvature is not None
-        # Looks are no stage of their own: they would cut the progress of the steps.
-        stage = Stage(None, None)
-        kl, retain_nll = self.run.measure(self._few_held, self._held_rows[: len(self._few_held)], stage)
-        forget_nll = self._mean_nll(self._few_forget, self.run.sequence_nll(self._few_forget, stage))
+        kl, retain_nll = self._glance_kl()
+        forget_nll = self._mean_nll(self._few_forget, self.run.sequence_nll(self._few_forget, Stage(None, None)))
         predicted = _half_square(self.curvature, self.change)
-        self.report.steps.append(Step(number, eta, predicted, kl, forget_nll, retain_nll, self._refits))
+        weight = self._retain_weight
+        self.report.steps.append(Step(number, eta, predicted, kl, forget_nll, retain_nll, self._refits, weight))
         self.progress.say(f"step {number}: forget NLL {forget_nll:.3f}, retain KL {kl:.4f}, η {eta:.3g}")
         if self.config.kl_budget is not None:
-            most = OFF * self.config.kl_budget
-            if not kl <= most:
-                self._share *= max(most / kl, 1e-3) if math.isfinite(kl) else 1e-3
-            elif number > 1 and kl < self.config.kl_budget / OFF:
-                self._share *= OFF
+            self._correct(kl / self.config.kl_budget, number)
+
+    def _correct(self, spent: float, number: int) -> None:
+        """Pull harder to the original outputs where more than the budget is spent, and shorten steps far beyond it."""
+        spent = spent if math.isfinite(spent) else 1e3 * OFF
+        if number > 1:
+            self._retain_weight *= min(PULL[1], max(PULL[0], spent))
+        if spent > OFF:
+            self._predicted *= max(OFF / spent, 1e-3)
+
+    def _glance_kl(self) -> tuple[float, float]:
+        """KL and NLL on a few held-out batches."""
+        # No stage of its own: it would cut the progress of the steps.
+        return self.run.measure(self._few_held, [self._held_rows[b.index] for b in self._few_held], Stage(None, None))
 
     def finish(self) -> None:
         """Scale the change to the budget, or drop it and say why."""
@@ -559,12 +595,12 @@ class _Stepper:
 
             def measure(scale: float) -> float:
                 self.run.set_change(_scaled(self.change, scale))
-                return self.run.measure(self.held, self._held_rows, stage)[0]
+                return self.run.measure(self.held, list(self._held_rows.values()), stage)[0]
 
             scale, trials, reason = self._scale(unit, measure)
             self.change = _scaled(self.change, scale)
             self.run.set_change(self.change if scale else None)
-            kl, retain_nll = self.run.measure(self.held, self._held_rows, stage)
+            kl, retain_nll = self.run.measure(self.held, list(self._held_rows.values()), stage)
             forget_nll = self._mean_nll(self.forget, self.run.sequence_nll(self.forget, stage))
         predicted = scale * scale * unit
         self.report.outcome = Outcome(scale, reason, predicted, kl, forget_nll, retain_nll, tuple(trials))

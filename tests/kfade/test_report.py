@@ -22,7 +22,7 @@ EVIL = "<script>alert('x')</script> & \"quotes\" https://example.org/a.png"
 
 
 def step(number: int, kl: float = 0.01) -> Step:
-    return Step(number, 0.5, kl, 1.2 * kl, 2.0 + number, 1.1, 0)
+    return Step(number, 0.5, kl, 1.2 * kl, 2.0 + number, 1.1, 0, 10.0)
 
 
 def outcome(kept: bool = True, kl: float = 0.01) -> Outcome:
