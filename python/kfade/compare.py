@@ -35,7 +35,7 @@ from .evaluate import Evaluation, References, generations, references, scores
 from .models import weights_sha256
 from .progress import Progress, Stage
 from .report import plain
-from .storage import read_json, write_text
+from .storage import read_json, tensors_sha256, write_text
 from .unlearn import unlearn
 from .update import Update
 
@@ -196,7 +196,7 @@ class Yardstick:
         """SHA-256 of the data, and of the outputs that distances are measured from."""
         found = hashlib.sha256()
         for some in (self.forget, self.held, *self.others.values()):
-            found.update(_digest(some).encode())
+            found.update(tensors_sha256(some).encode())
         for outputs in (*self._original.values(), *self._target.values()):
             for rows in outputs.rows:
                 found.update(rows.float().contiguous().numpy().data)
@@ -207,15 +207,6 @@ def _kl(evaluation: Evaluation, name: str) -> float:
     if evaluation.kl is None or not math.isfinite(evaluation.kl):
         raise NonFiniteError(f"the KL on {name} is {evaluation.kl}")
     return evaluation.kl
-
-
-def _digest(batches: Batches) -> str:
-    found = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            found.update(f"{name} {list(batch[name].shape)}".encode())
-            found.update(batch[name].cpu().contiguous().numpy().data)
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -241,7 +232,8 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the model's weights and all data."""
-        parts = (weights_sha256(self.model), _digest(self.forget), _digest(self.retain), self.yardstick.digest())
+        data = (tensors_sha256(self.forget), tensors_sha256(self.retain), self.yardstick.digest())
+        parts = (weights_sha256(self.model), *data)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 

@@ -61,6 +61,8 @@ class FitConfig:
         autocast: `off`, `bfloat16` or `float16`: run the model under autocast.
         temperature: T, by which logits are divided before the softmax whose Fisher is taken. Beyond 1 it sees
             directions that a model has become sure in, where its own Fisher is nearly 0 and grows as soon as it moves.
+        checkpoint_seconds: a fit that has a directory saves the sums of the pass it is in after each so many seconds,
+            or less often where saving would take more than 2 % of the time.
     """
 
     curvature: str = "ekfac"
@@ -71,6 +73,7 @@ class FitConfig:
     layers_per_pass: int | None = None
     autocast: str = "off"
     temperature: float = 1.0
+    checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         _one_of("curvature", self.curvature, CURVATURES)
@@ -85,6 +88,7 @@ class FitConfig:
         if self.layers_per_pass is not None:
             _integer("layers_per_pass", self.layers_per_pass, 1)
         _number("temperature", self.temperature, above=0.0)
+        _number("checkpoint_seconds", self.checkpoint_seconds, minimum=0.0)
 
 
 @dataclass(frozen=True)

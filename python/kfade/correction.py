@@ -16,7 +16,7 @@ from .loss import Batch, FiniteCheck
 
 
 class CorrectionCollector:
-    """Adds pairs to Λ of their layers; without eigenvectors this is the diagonal Fisher.
+    """Adds pairs to Λ of their layers, and to what Λ they have; without eigenvectors this is the diagonal Fisher.
 
     An input that several layers share is rotated once. Layers that compute in bfloat16 are rotated
     with a bfloat16 pair of eigenvectors, split once and for all.
@@ -35,7 +35,8 @@ class CorrectionCollector:
         self._pairs: dict[tuple[str, str], Tensor] = {}
         self.finite = FiniteCheck(device)
         for state in states.values():
-            state.lambda_sum = torch.zeros(state.d_out, state.width_in, dtype=dtype, device=device)
+            if state.lambda_sum is None:
+                state.lambda_sum = torch.zeros(state.d_out, state.width_in, dtype=dtype, device=device)
 
     def _basis(self, name: str, side: str, dtype: torch.dtype) -> Tensor | None:
         state = self._states[name]

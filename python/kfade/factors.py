@@ -48,7 +48,7 @@ class FactorCollector:
     """Adds pairs to the factors of their layers, many layers in one launch where that is faster.
 
     Args:
-        states: the layers' states, by name.
+        states: the layers' states, by name; sums that they have are added to.
         dtype: of the accumulators.
         device: of the accumulators and of the model.
 
@@ -64,9 +64,10 @@ class FactorCollector:
         self.finite = FiniteCheck(device)
         self.first_sample = True
         for state in states.values():
-            state.s_sum = PackedSymmetric(state.d_out, dtype=dtype, device=device)
+            if state.s_sum is None:
+                state.s_sum = PackedSymmetric(state.d_out, dtype=dtype, device=device)
         for state in states.values():
-            if state.group == state.name:
+            if state.group == state.name and state.a_sum is None:
                 state.a_sum = PackedSymmetric(state.width_in, dtype=dtype, device=device)
 
     @property

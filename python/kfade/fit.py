@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +20,7 @@ from .factors import FactorCollector
 from .layers import Layer, select
 from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch
 from .progress import Progress
+from .resume import CORRECTION, FACTORS, FitStore
 
 
 def check_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device, name: str = "batches") -> list[Batch]:
@@ -99,7 +102,7 @@ class Collector(Protocol):
 def run_fisher(
     head: Head,
     layers: Sequence[Layer],
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     config: FitConfig,
     collector: Collector,
     after: Callable[[Batch, int], None],
@@ -145,7 +148,7 @@ def loss_count(batches: Iterable[Batch], config: FitConfig) -> int:
 def collect_factors(
     head: Head,
     layers: Sequence[Layer],
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     config: FitConfig,
     factors: FactorCollector,
     advance: Callable[[int], None] = lambda tokens: None,
@@ -162,19 +165,23 @@ def collect_factors(
 
 
 def decompose_states(
-    states: Mapping[str, LayerCurvature], advance: Callable[[int], None] = lambda factors: None
+    states: Mapping[str, LayerCurvature], done: Callable[[str, str], None] = lambda name, stage: None
 ) -> None:
-    """Eigenvectors and eigenvalues of the factors of states; `advance(1)` is called after each factor."""
+    """Eigenvectors and eigenvalues of the factors of states, where they have none yet.
+
+    `done(name, stage)` is called after each factor, with the stage that it is of its layer.
+    """
     for state in states.values():
         leader = states[state.group]
         if leader.q_in is None:
             assert leader.a_sum is not None
             leader.lambda_in, leader.q_in = decompose(leader.a_sum, leader.positions)
-            advance(1)
+            done(leader.name, "input_decomposition")
         state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
-        assert state.s_sum is not None
-        state.lambda_out, state.q_out = decompose(state.s_sum, state.losses)
-        advance(1)
+        if state.q_out is None:
+            assert state.s_sum is not None
+            state.lambda_out, state.q_out = decompose(state.s_sum, state.losses)
+            done(state.name, "decomposition")
 
 
 def _fit_layers(
@@ -186,50 +193,81 @@ def _fit_layers(
     progress: Progress,
     suffix: str,
     decomposes: bool,
+    store: FitStore,
 ) -> dict[str, LayerCurvature]:
     if config.curvature == "identity":
         return new_states(layers, 0)
     states = new_states(layers, loss_count(batches, config))
+    store.restore(states)
     device, dtype = device_of(model), state_dtype(model)
-    tokens = sum(batch.tokens for batch in batches)
 
     if config.curvature in ("kfac", "ekfac"):
-        with progress.stage(f"factors A, S{suffix}", tokens) as stage:
-            collect_factors(head, layers, batches, config, FactorCollector(states, dtype, device), stage.advance)
+        todo = store.unfinished(layers, FACTORS)
+        if todo:
+            part = {layer.name: states[layer.name] for layer in todo}
+            rest = store.resume(part, FACTORS, batches)
+            with progress.stage(f"factors A, S{suffix}", sum(batch.tokens for batch in rest)) as stage:
+                factors = FactorCollector(part, dtype, device)
+                collect_factors(head, todo, store.watch(rest), config, factors, stage.advance)
+            store.put(part, FACTORS)
         if not decomposes:
             return states
-        with progress.stage(
-            f"eigendecomposition{suffix}", len(layers) + sum(x.leads for x in layers), "factor"
-        ) as stage:
-            decompose_states(states, stage.advance)
+        left = sum(x.q_out is None for x in states.values()) + sum(
+            states[x.name].q_in is None for x in layers if x.leads
+        )
+        if left:
+            with progress.stage(f"eigendecomposition{suffix}", left, "factor") as stage:
+
+                def decomposed(name: str, which: str) -> None:
+                    stage.advance(1)
+                    store.put({name: states[name]}, [which])
+
+                decompose_states(states, decomposed)
 
     if config.curvature in ("diagonal", "ekfac"):
-        correction = CorrectionCollector(states, layers, dtype, device)
-        with progress.stage(f"eigenvalues Λ{suffix}", tokens) as stage:
+        todo = store.unfinished(layers, CORRECTION)
+        if todo:
+            part = {layer.name: states[layer.name] for layer in todo}
+            rest = store.resume(part, CORRECTION, batches)
+            with progress.stage(f"eigenvalues Λ{suffix}", sum(batch.tokens for batch in rest)) as stage:
 
-            def after(batch: Batch, sample: int) -> None:
-                if sample == 0:
-                    stage.advance(batch.tokens)
+                def after(batch: Batch, sample: int) -> None:
+                    if sample == 0:
+                        stage.advance(batch.tokens)
 
-            run_fisher(head, layers, batches, config, correction, after)
+                correction = CorrectionCollector(part, todo, dtype, device)
+                run_fisher(head, todo, store.watch(rest), config, correction, after)
+            store.put(part, CORRECTION)
+    store.release(states)
     return states
 
 
 def _fit_states(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], config: FitConfig, progress: Progress, decomposes: bool
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    config: FitConfig,
+    progress: Progress,
+    decomposes: bool,
+    store: str | Path | None = None,
 ) -> dict[str, LayerCurvature]:
     """What `fit` and `fit_factors` share."""
     layers = select(model, config.modules)
     checked = check_batches(batches, device_of(model))
     tracked = {module for layer in layers for module in layer.modules}
     states: dict[str, LayerCurvature] = {}
-    with deterministic_mode(model), frozen(model), graph_from_embeddings(model):
+    with ExitStack() as stack:
+        for context in (deterministic_mode(model), frozen(model), graph_from_embeddings(model)):
+            stack.enter_context(context)
         head = Head(model, checked[0], tracked, config.autocast)
         layers = trace(head, layers, checked[0])
+        kept = stack.enter_context(FitStore(store, config, progress))
+        losses = 0 if config.curvature == "identity" else loss_count(checked, config)
+        kept.open(model, model_id(model), new_states(layers, losses), checked, device_of(model), state_dtype(model))
         passes = _passes(layers, config.layers_per_pass)
         for number, part in enumerate(passes, 1):
             suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
-            states.update(_fit_layers(model, head, part, checked, config, progress, suffix, decomposes))
+            states.update(_fit_layers(model, head, part, checked, config, progress, suffix, decomposes, kept))
+        kept.finish()
     return {layer.name: states[layer.name] for layer in layers}
 
 
@@ -239,6 +277,7 @@ def fit(
     config: FitConfig | None = None,
     *,
     progress: Progress | None = None,
+    store: str | Path | None = None,
 ) -> Curvature:
     """Fit the curvature of a causal language model on a retain set.
 
@@ -249,17 +288,22 @@ def fit(
             (0 is padding, on either side) and `labels` (-100 is no loss; absent, every token counts).
         config: options; see FitConfig.
         progress: where to show progress and record costs.
+        store: a directory to save the curvature in as it is fitted. Where the fit is cut off, by whatever, the same
+            call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the batch or factor in
+            hand. On a CPU the states that are returned are mapped from its files. None saves nothing.
 
     Returns:
         A mapping from layer names to their curvature.
 
     Raises:
+        StorageError: `store` holds something else than this fit, or a corrupt file.
+        OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.
         ValueError: no batch, no loss position, or a selection that matches nothing.
         UnsupportedLayerError: a selected layer cannot be handled exactly.
         NonFiniteError: a batch gives a NaN or an infinity; it is named.
     """
     config = config or FitConfig()
-    states = _fit_states(model, batches, config, progress or Progress(), decomposes=True)
+    states = _fit_states(model, batches, config, progress or Progress(), True, store)
     return Curvature(replace(config), model_id(model), states)
 
 

@@ -1,8 +1,9 @@
 """Directories and files that are either whole or refused.
 
 A curvature is a directory: one safetensors file a layer and stage, and `manifest.json`, which names
-them with their SHA-256 and is written last. Every file is written beside its place and renamed, so
-a full disk or a killed process leaves a directory without a manifest, which does not load.
+them with their SHA-256 and is written last: what it does not name is not there. Every file is written beside
+its place and renamed, so a full disk or a killed process leaves no half of one. A fit that saves as it goes
+(`kfade.resume`) writes the same directory, with a manifest that says the fit is unfinished until it is.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from kfade_kernels import PackedSymmetric
 from kfade_kernels.packed import packed_elements
 from safetensors import SafetensorError, safe_open
@@ -27,18 +32,22 @@ from .errors import StorageError
 FORMAT = "kfade-curvature"
 VERSION = 1
 MANIFEST = "manifest.json"
+_LEFTOVER = re.compile(r"\..+\.\d+\.part")
 CONVENTIONS = {
     "a_sum": "sum of a aT over positions that are not padding; A = a_sum / positions",
     "s_sum": "sum of g gT over loss positions, g of the summed loss; S = s_sum / losses",
     "lambda_sum": "sum over sequences of the squared rotated gradient; eigenvalues = lambda_sum / losses",
     "packing": "block rows of 128 of the lower triangle, row-major; above the diagonal undefined",
 }
-_STAGES = {
+# What a stage leaves in a state; the shared stages only in that of the layer which leads an input group.
+STAGES = {
     "factors": ("s_sum",),
     "decomposition": ("q_out", "lambda_out"),
     "correction": ("lambda_sum",),
+    "input_factors": ("a_sum",),
+    "input_decomposition": ("q_in", "lambda_in"),
 }
-_GROUP_STAGES = {"input_factors": ("a_sum",), "input_decomposition": ("q_in", "lambda_in")}
+SHARED = ("input_factors", "input_decomposition")
 _KFAC = ("a_sum", "s_sum", "q_in", "lambda_in", "q_out", "lambda_out")
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "identity": (),
@@ -46,7 +55,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "kfac": _KFAC,
     "ekfac": (*_KFAC, "lambda_sum"),
 }
-_COUNTS = ("d_out", "d_in", "has_bias", "transposed", "group", "positions", "losses")
+COUNTS = ("d_out", "d_in", "has_bias", "transposed", "group", "positions", "losses")
 
 
 def sha256(path: Path) -> str:
@@ -57,7 +66,18 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def tensors_sha256(groups: Iterable[Mapping[str, Tensor]]) -> str:
+    """Of the names, shapes and values of tensors, the groups in order."""
+    digest = hashlib.sha256()
+    for tensors in groups:
+        for name in sorted(tensors):
+            digest.update(f"{name} {list(tensors[name].shape)}".encode())
+            digest.update(tensors[name].cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,32 +85,46 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Where to write what then takes the place of `path`, unless there is an error: in a folder beside it.
+
+    safetensors makes a temporary file of its own there, and a killed process leaves both; see `remove_leftovers`.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        folder.mkdir(exist_ok=True)
+        yield folder / path.name
+        sync(folder / path.name)
+        (folder / path.name).replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what processes that were killed while writing left in a directory; nobody may be writing there."""
+    for path in directory.glob(".*.part"):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        # safetensors makes its files private; others get the mode that the user's own files have.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        _sync(temporary)
-        temporary.replace(path)
+        with _replacing(path) as temporary:
+            # safetensors makes its files private; ours get the mode that the user's own files have.
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+            temporary.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,24 +193,49 @@ class KeptResults:
             write_text(self._path, json.dumps(self._content, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def save_curvature(curvature: Curvature, directory: Path) -> None:
-    """Write `curvature` into `directory`, which is made if need be; the manifest comes last."""
-    directory.mkdir(parents=True, exist_ok=True)
-    manifest_path = directory / MANIFEST
-    manifest_path.unlink(missing_ok=True)
-    files: dict[str, dict[str, Any]] = {}
-    for number, state in enumerate(curvature.values()):
-        stages = {**_STAGES, **(_GROUP_STAGES if state.group == state.name else {})}
-        for stage, names in stages.items():
-            values = {name: getattr(state, name) for name in names if getattr(state, name) is not None}
-            if not values:
-                continue
-            tensors = {n: v.data if isinstance(v, PackedSymmetric) else v for n, v in values.items()}
-            path = directory / f"{number:04d}.{stage}.safetensors"
-            write_tensors(path, tensors)
-            files[path.name] = {"layer": state.name, "stage": stage, "sha256": sha256(path)}
-    layers = {name: {c: getattr(state, c) for c in _COUNTS} for name, state in curvature.items()}
-    manifest = {
+def stages_of(state: LayerCurvature) -> list[str]:
+    """The stages that have a file of this layer."""
+    return [stage for stage in STAGES if stage not in SHARED or state.group == state.name]
+
+
+def required_stages(curvature: str) -> list[str]:
+    """The stages without which a curvature of this kind is not whole."""
+    return [stage for stage, names in STAGES.items() if set(names) & set(_REQUIRED[curvature])]
+
+
+def shapes_of(state: LayerCurvature) -> dict[str, list[int]]:
+    """The shape of each tensor of a state, as it is stored."""
+    out, width = state.d_out, state.width_in
+    shapes = {"q_in": [width, width], "lambda_in": [width], "q_out": [out, out], "lambda_out": [out]}
+    packed = {name: [packed_elements(order)] for name, order in _orders(state).items()}
+    return {**shapes, **packed, "lambda_sum": [out, width]}
+
+
+def _orders(state: LayerCurvature) -> dict[str, int]:
+    """The order of each packed matrix of a state."""
+    return {"a_sum": state.width_in, "s_sum": state.d_out}
+
+
+def stage_tensors(state: LayerCurvature, stage: str) -> dict[str, Tensor]:
+    """What the stage left in the state, as it is stored: without copies."""
+    values = {name: getattr(state, name) for name in STAGES[stage] if getattr(state, name) is not None}
+    return {n: v.data if isinstance(v, PackedSymmetric) else v for n, v in values.items()}
+
+
+def write_stage(
+    directory: Path, number: int, layer: str, stage: str, tensors: Mapping[str, Tensor]
+) -> tuple[str, dict[str, str]]:
+    """Write the file of one layer and stage; its name, and its entry in the manifest."""
+    path = directory / f"{number:04d}.{stage}.safetensors"
+    write_tensors(path, tensors)
+    return path.name, {"layer": layer, "stage": stage, "sha256": sha256(path)}
+
+
+def manifest_of(
+    curvature: Curvature, layers: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """The content of a manifest: `layers` with the counts of each, `files` with their entries."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "model_id": curvature.model_id,
@@ -185,7 +244,27 @@ def save_curvature(curvature: Curvature, directory: Path) -> None:
         "layers": layers,
         "files": files,
     }
-    write_text(manifest_path, json.dumps(manifest, indent=1))
+
+
+def counts_of(state: LayerCurvature) -> dict[str, Any]:
+    """What the manifest says of a layer."""
+    return {name: getattr(state, name) for name in COUNTS}
+
+
+def save_curvature(curvature: Curvature, directory: Path) -> None:
+    """Write `curvature` into `directory`, which is made if need be; the manifest comes last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest_path = directory / MANIFEST
+    manifest_path.unlink(missing_ok=True)
+    files: dict[str, dict[str, str]] = {}
+    for number, state in enumerate(curvature.values()):
+        for stage in stages_of(state):
+            tensors = stage_tensors(state, stage)
+            if tensors:
+                name, entry = write_stage(directory, number, state.name, stage, tensors)
+                files[name] = entry
+    layers = {name: counts_of(state) for name, state in curvature.items()}
+    write_text(manifest_path, json.dumps(manifest_of(curvature, layers, files), indent=1))
 
 
 def _check_model(model: nn.Module, states: Mapping[str, LayerCurvature], directory: Path) -> None:
@@ -205,48 +284,82 @@ def _check_model(model: nn.Module, states: Mapping[str, LayerCurvature], directo
         raise StorageError(f"{directory} belongs to another model: {'; '.join(wrong[:8])}")
 
 
-def _set_state(state: LayerCurvature, key: str, value: Tensor, path: Path) -> None:
+def set_tensor(state: LayerCurvature, key: str, value: Tensor, path: Path) -> None:
     """Store one tensor of a file, if it is one of a state's and has its shape."""
-    out, width = state.d_out, state.width_in
-    orders = {"a_sum": width, "s_sum": out}
-    shapes = {"q_in": [width, width], "lambda_in": [width], "q_out": [out, out], "lambda_out": [out]}
-    shapes |= {"lambda_sum": [out, width]} | {name: [packed_elements(n)] for name, n in orders.items()}
-    if list(value.shape) != shapes.get(key):
-        raise StorageError(f"{path} has {key} of shape {list(value.shape)}; {state.name} takes {shapes.get(key)}")
+    shape, orders = shapes_of(state).get(key), _orders(state)
+    if list(value.shape) != shape:
+        raise StorageError(f"{path} has {key} of shape {list(value.shape)}; {state.name} takes {shape}")
     setattr(state, key, PackedSymmetric.from_packed(value, orders[key]) if key in orders else value)
 
 
-def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature:
-    """Read a directory written by `save_curvature`, checking every file's SHA-256."""
+def read_checked(directory: Path, name: str, digest: str) -> dict[str, Tensor]:
+    """The tensors of a file that the manifest names, mapped from the disk after its SHA-256 was checked."""
+    path = directory / name
+    if Path(name).name != name:
+        raise StorageError(f"{directory / MANIFEST} names {name!r}, which is not a file of this directory")
+    if not path.is_file():
+        raise StorageError(f"{path} is missing")
+    if sha256(path) != digest:
+        raise StorageError(f"{path} is corrupt: its SHA-256 is not that of the manifest")
+    return read_tensors(path)
+
+
+def read_stage(state: LayerCurvature, directory: Path, name: str, digest: str, device: torch.device | None) -> None:
+    """Put what a file holds into its layer's state: mapped from the disk, or copied to `device`."""
+    for key, value in read_checked(directory, name, digest).items():
+        # A copy lies in memory as a computed tensor does, so that products with it have the same bits.
+        set_tensor(state, key, value if device is None else value.to(device, copy=True), directory / name)
+
+
+def share_in_groups(states: Mapping[str, LayerCurvature]) -> None:
+    """Give the members of each input group what its leader has."""
+    for state in states.values():
+        for name in (name for stage in SHARED for name in STAGES[stage]):
+            setattr(state, name, getattr(states[state.group], name))
+
+
+def read_manifest(directory: Path, *, unfinished: bool = False) -> dict[str, Any]:
+    """The manifest of a directory.
+
+    Raises:
+        StorageError: there is none, it cannot be read, it is of another format or version, or (without `unfinished`)
+            of a fit that did not end.
+    """
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise StorageError(f"{directory} has format {manifest.get('format')!r}; it must be {FORMAT!r}")
     if manifest.get("version") != VERSION:
         raise StorageError(f"{directory} has version {manifest.get('version')!r}; this kfade reads {VERSION}")
+    fit = manifest.get("fit", {})
+    if not isinstance(fit, dict):
+        raise StorageError(f"{directory / MANIFEST} is not a manifest of version {VERSION}: its fit is no object")
+    if not unfinished and fit.get("finished") is False:
+        raise StorageError(f"{directory} holds an unfinished fit; the same call of fit goes on with it")
+    return manifest
+
+
+def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature:
+    """Read a directory written by `save_curvature` or by a fit, checking every file's SHA-256.
+
+    The tensors are mapped from the files: they take memory as they are used, and the system may take it back.
+    """
+    manifest = read_manifest(directory)
     try:
         states = {name: LayerCurvature(name=name, **counts) for name, counts in manifest["layers"].items()}
         config = fit_config(manifest["config"], str(directory / MANIFEST))
         files = manifest["files"].items()
         model_id = manifest["model_id"]
         owners = {name: (states[entry["layer"]], str(entry["sha256"])) for name, entry in files}
-        leaders = {name: states[state.group] for name, state in states.items()}
+        for state in states.values():
+            states[state.group]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"{directory / MANIFEST} is not a manifest of version {VERSION}: {error}") from error
     if model is not None:
         _check_model(model, states, directory)
     for name, (state, digest) in owners.items():
-        path = directory / name
-        if Path(name).name != name:
-            raise StorageError(f"{directory / MANIFEST} names {name!r}, which is not a file of this directory")
-        if not path.is_file():
-            raise StorageError(f"{path} is missing")
-        if sha256(path) != digest:
-            raise StorageError(f"{path} is corrupt: its SHA-256 is not that of the manifest")
-        for key, value in read_tensors(path).items():
-            _set_state(state, key, value, path)
+        read_stage(state, directory, name, digest, None)
+    share_in_groups(states)
     for name, state in states.items():
-        leader = leaders[name]
-        state.a_sum, state.q_in, state.lambda_in = leader.a_sum, leader.q_in, leader.lambda_in
         missing = [key for key in _REQUIRED[config.curvature] if getattr(state, key) is None]
         if missing:
             raise StorageError(

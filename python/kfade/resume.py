@@ -1,0 +1,542 @@
+"""A fit that saves what it has finished as it goes, and goes on from there when it is called again.
+
+What is saved is the directory of `kfade.storage`, whose manifest alone says what is there. A *unit* is a factor's
+decomposition, or one pass over the data for some layers; it is written by a side thread while the next is computed,
+and the manifest names it afterwards. In a pass the sums are saved every so many seconds, between two batches. So a
+process that is killed at any moment loses what it did since, and the next one ends with the same bits: batches are
+summed in the same order, sampled labels depend on nothing but their sequence, and files hold every bit of a sum.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import FitConfig, fit_config, to_dict
+from .curvature import Curvature, LayerCurvature
+from .errors import StorageError
+from .layers import Layer
+from .loss import Batch
+from .models import weights_sha256
+from .progress import Progress
+from .storage import (
+    COUNTS,
+    MANIFEST,
+    SHARED,
+    STAGES,
+    counts_of,
+    manifest_of,
+    read_checked,
+    read_manifest,
+    read_stage,
+    read_tensors,
+    remove_leftovers,
+    required_stages,
+    set_tensor,
+    sha256,
+    shapes_of,
+    share_in_groups,
+    stage_tensors,
+    stages_of,
+    sync,
+    tensors_sha256,
+    write_stage,
+    write_tensors,
+    write_text,
+)
+
+# The stages that a pass over the data fills together.
+FACTORS, CORRECTION = ("factors", "input_factors"), ("correction",)
+# Options that change how a fit runs and not what it gives.
+_FREE = ("layers_per_pass", "checkpoint_seconds")
+# Sums are saved no more often than takes this share of the time.
+CHECKPOINT_SHARE = 0.02
+# A manifest names what was written at the latest so many seconds after, however much is waiting to be written.
+COMMIT_SECONDS = 1.0
+_OURS = re.compile(r"(\d{4,}\.[a-z_]+|checkpoint\.[a-z_]+\.\d+)\.safetensors")
+
+
+class SideThread:
+    """Runs jobs in order beside the caller, who is told of the first error at the next call of any method."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="kfade-writer", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._do(job)
+            self._jobs.task_done()
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            if self._error is None:
+                job()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def idle(self) -> bool:
+        """Whether no other job waits; to be asked by a job."""
+        return self._jobs.empty()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self.raise_if_failed()
+        self._jobs.put(job)
+
+    def wait(self) -> None:
+        """Return when all jobs are done."""
+        self._jobs.join()
+        self.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Finish the jobs and the thread; errors are left to be asked for."""
+        self._jobs.put(None)
+        self._thread.join()
+
+
+def weights_and_shape(model: nn.Module) -> dict[str, str]:
+    """What a fit depends on in a model: all bytes of its weights, and the configuration it was built from."""
+    config: Any = getattr(model, "config", None)
+    values = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+    for name in ("_name_or_path", "transformers_version"):
+        values.pop(name, None)
+    text = f"{type(model).__name__} {json.dumps(values, sort_keys=True, default=str)}"
+    return {"weights": weights_sha256(model), "architecture": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _differences(manifest: Mapping[str, Any], config: FitConfig, made_from: Mapping[str, str]) -> list[str]:
+    """How this fit differs from the one in a directory, in words."""
+    there, here = to_dict(fit_config(manifest["config"])), to_dict(config)
+    found = [
+        f"config.{name} is {here[name]!r} and was {there[name]!r}"
+        for name in here
+        if name not in _FREE and here[name] != there[name]
+    ]
+    words = {
+        "weights": f"the model's weights differ from those of {manifest['model_id']}",
+        "architecture": "the model's configuration differs",
+        "batches": "the batches differ",
+        "device": "the kind of device differs",
+    }
+    before = manifest["fit"]["made_from"]
+    return found + [words.get(name, name) for name, value in made_from.items() if before.get(name) != value]
+
+
+def _read(directory: Path, config: FitConfig, made_from: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest of a directory, if this fit may go on with it."""
+    manifest = read_manifest(directory, unfinished=True)
+    try:
+        if "fit" not in manifest:
+            raise StorageError(
+                f"{directory} holds a curvature that was saved whole, not by a fit that can go on; give another"
+                " directory, or remove this one"
+            )
+        differences = _differences(manifest, config, made_from)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{directory / MANIFEST} is not a manifest of a fit: {error}") from error
+    if differences:
+        raise StorageError(
+            f"{directory} holds another fit: {'; '.join(differences)}; give another directory, or remove this one"
+        )
+    return manifest
+
+
+def check_store(directory: str | Path, config: FitConfig) -> None:
+    """Before a model is loaded: whether the directory can be written, and holds no fit with another configuration.
+
+    Raises:
+        StorageError: it holds something else.
+        OSError: it cannot be made or written.
+    """
+    directory = Path(directory)
+    _probe(directory)
+    if (directory / MANIFEST).exists():
+        _read(directory, config, {})
+
+
+def _probe(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe.{os.getpid()}"
+        write_text(probe, "")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{directory} cannot be written: {error}") from error
+
+
+@contextmanager
+def _mended_by_removal() -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(f"{error}; remove that file, and the same call computes it again") from error
+
+
+class FitStore:
+    """Where a fit saves itself; a context, in which Ctrl-C waits for the batch or factor in hand.
+
+    Args:
+        directory: made if need be. None keeps nothing, and every method then does nothing.
+        config: of the fit.
+        progress: is told what is gone on with.
+    """
+
+    def __init__(self, directory: str | Path | None, config: FitConfig, progress: Progress) -> None:
+        self._directory = None if directory is None else Path(directory)
+        self._config, self._progress = config, progress
+        self._files: dict[str, dict[str, str]] = {}
+        self._layers: dict[str, dict[str, Any]] = {}
+        self._checkpoint: dict[str, Any] | None = None
+        self._found: dict[str, dict[str, str]] = {}
+        self._done: set[tuple[str, str]] = set()
+        self._interrupted = False
+        self._committed = 0.0
+
+    # ---- the directory
+
+    def open(
+        self,
+        model: nn.Module,
+        model_id: str,
+        states: Mapping[str, LayerCurvature],
+        batches: Sequence[Batch],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Find what was saved, refuse what is not of this fit, and look whether the rest has room.
+
+        Args:
+            states: empty ones of all layers of the fit, in its order.
+            dtype: of the state.
+
+        Raises:
+            StorageError: the directory holds something else, or what cannot be read.
+            OSError: it cannot be written, is in use, or its disk has too little room.
+        """
+        if self._directory is None:
+            return
+        directory = self._directory
+        _probe(directory)
+        self._lock(directory)
+        self._device, self._empty = device, Curvature(replace(self._config), model_id, {})
+        self._numbers = {name: number for number, name in enumerate(states)}
+        self._layers = {name: counts_of(state) for name, state in states.items()}
+        values = [{"input_ids": b.input_ids, "attention": b.attention, "labels": b.labels} for b in batches]
+        self._made_from = {
+            **weights_and_shape(model),
+            "batches": tensors_sha256(values),
+            "device": device.type,
+        }
+        if (directory / MANIFEST).exists():
+            self._find(_read(directory, self._config, self._made_from), states)
+        self._clean(directory)
+        self._require_room(directory, states, dtype)
+        if not self._files:
+            self._commit(finished=False)
+
+    def _lock(self, directory: Path) -> None:
+        self._descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"{directory} is in use by another fit") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _find(self, manifest: Mapping[str, Any], states: Mapping[str, LayerCurvature]) -> None:
+        """Take over what a manifest says is there."""
+        assert self._directory is not None
+        where = self._directory / MANIFEST
+        try:
+            fixed = [name for name in COUNTS if name != "positions"]
+            layers = manifest["layers"]
+            if list(layers) != list(states) or any(
+                layers[n][c] != getattr(s, c) for n, s in states.items() for c in fixed
+            ):
+                raise StorageError(f"{self._directory} holds a fit of other layers; give another directory")
+            for name, entry in manifest["files"].items():
+                # One that somebody removed is computed again.
+                if (self._directory / name).is_file():
+                    self._files[name] = {key: str(entry[key]) for key in ("layer", "stage", "sha256")}
+            self._layers = {name: dict(counts) for name, counts in layers.items()}
+            checkpoint = manifest["fit"].get("checkpoint")
+            if checkpoint is not None and (self._directory / checkpoint["file"]).is_file():
+                self._checkpoint = {
+                    key: checkpoint[key] for key in ("file", "sha256", "stages", "layers", "batches", "positions")
+                }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"{where} is not a manifest of a fit: {error}") from error
+        self._found = dict(self._files)
+        self._done = {(entry["layer"], entry["stage"]) for entry in self._found.values()}
+        needed = sum(len(set(stages_of(s)) & set(required_stages(self._config.curvature))) for s in states.values())
+        if self._done or self._checkpoint:
+            self._progress.say(f"{self._directory} has {len(self._done)} of {needed} files of this fit already")
+
+    def _clean(self, directory: Path) -> None:
+        """Remove what a killed process left behind: files of ours that the manifest does not name."""
+        remove_leftovers(directory)
+        named = {*self._files, *([self._checkpoint["file"]] if self._checkpoint else [])}
+        for path in directory.iterdir():
+            if _OURS.fullmatch(path.name) and path.name not in named:
+                path.unlink()
+
+    def _require_room(self, directory: Path, states: Mapping[str, LayerCurvature], dtype: torch.dtype) -> None:
+        required, needed = required_stages(self._config.curvature), 0
+        for name, state in states.items():
+            shapes = shapes_of(state)
+            for stage in stages_of(state):
+                if stage in required and (name, stage) not in self._done:
+                    needed += sum(torch.Size(shapes[key]).numel() for key in STAGES[stage]) * dtype.itemsize
+        free = shutil.disk_usage(directory).free
+        if needed > free:
+            raise OSError(
+                f"{directory} has {free / 1e9:.3g} GB of free space; what is still to be saved of this fit takes"
+                f" {needed / 1e9:.3g} GB"
+            )
+
+    def __enter__(self) -> FitStore:
+        self._thread = None if self._directory is None else SideThread()
+        self._descriptor = -1
+        self._handler: Any = None
+        # A handler of somebody else's stays, and so does "ignore".
+        main = threading.current_thread() is threading.main_thread()
+        if self._directory is not None and main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.close()
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    # ---- writing, on the side thread
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        assert self._thread is not None
+        try:
+            self._thread.submit(job)
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def _wait(self) -> None:
+        assert self._thread is not None
+        try:
+            self._thread.wait()
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def _write_error(self, error: OSError) -> OSError:
+        return OSError(
+            f"{self._directory} could not be written: {error}. What was saved before is still good: when this is"
+            " mended, the same call goes on with it"
+        )
+
+    def _commit(self, *, finished: bool) -> None:
+        assert self._directory is not None
+        content = manifest_of(self._empty, self._layers, self._files)
+        content["fit"] = {"finished": finished, "made_from": self._made_from, "checkpoint": self._checkpoint}
+        sync(self._directory)
+        write_text(self._directory / MANIFEST, json.dumps(content, indent=1 if finished else None))
+        self._committed = time.monotonic()
+
+    def _commit_soon(self) -> None:
+        """Name what was written: at once if nothing else waits, else when it is time."""
+        assert self._thread is not None
+        if self._thread.idle or time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self._commit(finished=False)
+
+    def _replace_checkpoint(self, new: dict[str, Any] | None) -> None:
+        """Name other sums of a pass, or none; the old file goes when the manifest no longer needs it."""
+        old, self._checkpoint = self._checkpoint, new
+        self._commit(finished=False)
+        if old is not None:
+            assert self._directory is not None
+            (self._directory / old["file"]).unlink(missing_ok=True)
+
+    # ---- what a fit calls
+
+    def unfinished(self, layers: Sequence[Layer], stages: Sequence[str]) -> list[Layer]:
+        """The layers of those input groups of which the directory lacks one of the stages."""
+        groups = {
+            x.group
+            for x in layers
+            for stage in stages
+            if (x.leads or stage not in SHARED) and (x.name, stage) not in self._done
+        }
+        return [x for x in layers if x.group in groups]
+
+    def restore(self, states: Mapping[str, LayerCurvature]) -> None:
+        """Give states what is in the directory of them.
+
+        Raises:
+            StorageError: a file is corrupt. Where it is removed, the same call computes it again.
+        """
+        if self._directory is None:
+            return
+        done = self._done.issuperset(
+            (name, stage)
+            for name, state in states.items()
+            for stage in stages_of(state)
+            if stage in required_stages(self._config.curvature)
+        )
+        # What is only kept stays on the disk.
+        device = None if done and self._device.type == "cpu" else self._device
+        for name, entry in self._found.items():
+            state = states.get(entry["layer"])
+            if state is not None:
+                with _mended_by_removal():
+                    read_stage(state, self._directory, name, entry["sha256"], device)
+        for name, state in states.items():
+            state.positions = self._layers[name]["positions"]
+        share_in_groups(states)
+
+    def resume(
+        self, states: Mapping[str, LayerCurvature], stages: Sequence[str], batches: Sequence[Batch]
+    ) -> Sequence[Batch]:
+        """Give states the sums of a pass that was cut off, and return the batches that are still to be added."""
+        self._states, self._stages, self._begun = states, stages, 0
+        if self._directory is None:
+            return batches
+        for state in states.values():
+            # Of a group that is gone through again, some sums may be there.
+            for field in (field for stage in stages for field in STAGES[stage]):
+                setattr(state, field, None)
+            state.positions = state.positions if stages == CORRECTION else 0
+        self._next = time.monotonic() + self._config.checkpoint_seconds
+        found = self._checkpoint
+        if found is None or found["stages"] != list(stages) or found["layers"] != list(states):
+            return batches
+        with _mended_by_removal():
+            tensors = read_checked(self._directory, found["file"], found["sha256"])
+        for key, value in tensors.items():
+            name, _, field = key.rpartition("/")
+            set_tensor(states[name], field, value.to(self._device, copy=True), self._directory / found["file"])
+        for name, positions in found["positions"].items():
+            states[name].positions = positions
+        self._begun = found["batches"]
+        self._progress.say(f"going on after batch {self._begun} of {len(batches)} of {stages[0]}")
+        return batches[self._begun :]
+
+    def watch(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """The batches that `resume` returned, one by one; the sums are saved between them when it is time."""
+        for done, batch in enumerate(batches, self._begun + 1):
+            yield batch
+            if self._directory is None or done == self._begun + len(batches):
+                continue
+            self._thread.raise_if_failed()  # type: ignore[union-attr]
+            if self._interrupted or time.monotonic() >= self._next:
+                self._save_sums(done)
+            self._stop_if_interrupted()
+
+    def _save_sums(self, done: int) -> None:
+        assert self._directory is not None
+        begin, path = time.monotonic(), self._directory / f"checkpoint.{self._stages[0]}.{done:06d}.safetensors"
+        tensors = {
+            f"{name}/{key}": value
+            for name, state in self._states.items()
+            for stage in self._stages
+            if stage in stages_of(state)
+            for key, value in stage_tensors(state, stage).items()
+        }
+        entry = {
+            "file": path.name,
+            "stages": list(self._stages),
+            "layers": list(self._states),
+            "batches": done,
+            "positions": {name: state.positions for name, state in self._states.items()},
+        }
+
+        def save() -> None:
+            write_tensors(path, tensors)
+            self._replace_checkpoint({**entry, "sha256": sha256(path)})
+
+        self._submit(save)
+        # The next batch is added to these very tensors.
+        self._wait()
+        now = time.monotonic()
+        self._next = now + max(self._config.checkpoint_seconds, (now - begin) / CHECKPOINT_SHARE)
+
+    def put(self, states: Mapping[str, LayerCurvature], stages: Sequence[str]) -> None:
+        """Save what some stages have left in states, which nothing changes afterwards: all of it, or none."""
+        if self._directory is None:
+            return
+        directory = self._directory
+        files = [
+            (self._numbers[name], name, stage, stage_tensors(state, stage))
+            for name, state in states.items()
+            for stage in stages
+            if stage in stages_of(state)
+        ]
+        counts = {name: counts_of(state) for name, state in states.items()}
+
+        def save() -> None:
+            entries = dict(write_stage(directory, *file) for file in files)
+            self._files.update(entries)
+            self._layers.update(counts)
+            if self._checkpoint is not None and self._checkpoint["stages"] == list(stages):
+                self._replace_checkpoint(None)
+            else:
+                self._commit_soon()
+
+        self._submit(save)
+        self._stop_if_interrupted()
+
+    def release(self, states: Mapping[str, LayerCurvature]) -> None:
+        """Let the states of a pass, all saved, be mapped from the disk: on a CPU they take no memory any more."""
+        if self._directory is None or self._device.type != "cpu":
+            return
+        self._wait()
+        for name, entry in self._files.items():
+            if entry["layer"] in states:
+                for key, value in read_tensors(self._directory / name).items():
+                    set_tensor(states[entry["layer"]], key, value, self._directory / name)
+        share_in_groups(states)
+
+    def finish(self) -> None:
+        """The fit is whole."""
+        if self._directory is None:
+            return
+        self._submit(lambda: self._commit(finished=True))
+        self._wait()
+        self._stop_if_interrupted()
+
+    def _stop_if_interrupted(self) -> None:
+        if self._interrupted:
+            self._wait()
+            raise KeyboardInterrupt(f"interrupted; what was done is saved in {self._directory}: the same call goes on")
