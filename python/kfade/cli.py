@@ -47,8 +47,8 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("interrupted; no half-written file is left", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(str(error) or "interrupted; no half-written file is left", file=sys.stderr)
             raise typer.Exit(130) from None
         except (KfadeError, ValueError, TypeError, OSError) as error:
             if ctx.meta.get(_DEBUG):
@@ -229,6 +229,15 @@ _Temperature = Annotated[
     float,
     typer.Option(
         "--temperature", help="Divide logits by this before the softmax of the Fisher.", rich_help_panel=_CURVATURE
+    ),
+]
+
+_CheckpointSeconds = Annotated[
+    float,
+    typer.Option(
+        "--checkpoint-seconds",
+        help="Save the sums of a running pass after each so many seconds, to go on from when the fit is cut off.",
+        rich_help_panel=_CURVATURE,
     ),
 ]
 
@@ -515,6 +524,7 @@ def fit(
     layers_per_pass: _LayersPerPass = _FIT.layers_per_pass,
     autocast: _Autocast = _FIT.autocast,
     temperature: _Temperature = _FIT.temperature,
+    checkpoint_seconds: _CheckpointSeconds = _FIT.checkpoint_seconds,
     chat: _Chat = None,
     batch_size: _BatchSize = 8,
     max_tokens: _MaxTokens = 512,
@@ -526,22 +536,29 @@ def fit(
     quiet: _Quiet = False,
     debug: _Debug = False,
 ) -> None:
-    """Fit the curvature of a retain set and save it, for `unlearn --factors` and for other uses."""
+    """Fit the curvature of a retain set and save it, for `unlearn --factors` and for other uses.
+
+    It is saved as it is fitted: where the command is cut off, by whatever, the same command goes on.
+    """
     from .data import make_batches
     from .fit import fit as fit_curvature
     from .models import check_model, load_model
+    from .resume import check_store
+    from .storage import MANIFEST
 
     options = _fit_options(ctx.params)
     records = _records(retain, limit)
     check_model(model, dtype, device)
-    _keep(out, _effective(ctx, options))
+    check_store(out, options)
+    if not (out / MANIFEST).exists():
+        _keep(out, _effective(ctx, options))
     progress = _start(quiet)
     with progress.stage("load the model"):
         loaded, tokenizer = load_model(model, dtype, device)
     batches = make_batches(tokenizer, records, chat=chat, batch_size=batch_size, max_tokens=max_tokens)
-    fitted = fit_curvature(loaded, batches, options, progress=progress)
-    with progress.stage("save"):
-        fitted.save(out)
+    fitted = fit_curvature(loaded, batches, options, progress=progress, store=out)
+    # Not before the fit: what is there may be refused, and then it keeps its options.
+    _keep(out, _effective(ctx, options))
     values = {
         "command": "fit",
         "out": str(out),
@@ -577,6 +594,7 @@ def unlearn(
     layers_per_pass: _LayersPerPass = _UNLEARN.fit.layers_per_pass,
     autocast: _Autocast = _UNLEARN.fit.autocast,
     temperature: _Temperature = _UNLEARN.fit.temperature,
+    checkpoint_seconds: _CheckpointSeconds = _UNLEARN.fit.checkpoint_seconds,
     damping: _Damping = _UNLEARN.damping,
     damping_kind: _DampingKind = _UNLEARN.damping_kind,
     steps: _Steps = _UNLEARN.steps,
@@ -622,6 +640,14 @@ def unlearn(
         ),
     ] = 64,
     max_new_tokens: _MaxNew = 32,
+    keep_factors: Annotated[
+        bool,
+        typer.Option(
+            "--keep-factors/--no-keep-factors",
+            help="Leave the fitted curvature in OUT/factors, for --factors; else it is there only until the end.",
+            rich_help_panel=_CURVATURE,
+        ),
+    ] = False,
     save_model: Annotated[
         bool, typer.Option("--save-model/--no-save-model", help="Also write the changed model, to OUT/model.")
     ] = False,
@@ -632,14 +658,16 @@ def unlearn(
 ) -> None:
     """Unlearn a forget set within a budget of retain KL; write the update and a report.
 
-    Writes update.safetensors, report.html, report.json and config.yaml into OUT.
+    Writes update.safetensors, report.html, report.json and config.yaml into OUT. The curvature is saved in OUT/factors
+    as it is fitted: where the command is cut off meanwhile, the same command goes on with it.
     """
     from . import models
     from .curvature import Curvature
     from .data import check_loss_on, make_batches
     from .evaluate import survey, survey_references
     from .report import Comparison, spread, to_json, write_report
-    from .storage import MANIFEST, read_json
+    from .resume import check_store
+    from .storage import read_manifest, remove_curvature
     from .unlearn import unlearn as find_update
 
     options = _unlearn_options(ctx.params)
@@ -650,8 +678,12 @@ def unlearn(
         "Retain": _records(eval_retain or retain, limit)[:eval_limit],
     }
     models.check_model(model, dtype, device)
+    store = out / "factors" if factors is None else None
     if factors is not None:
-        read_json(factors / MANIFEST)
+        read_manifest(factors)
+    if store is not None:
+        # What an earlier run has finished stays.
+        keep_factors = check_store(store, options.fit) or keep_factors
     if save_model:
         models.check_save(out / "model")
     effective = _effective(ctx, options.fit, options)
@@ -666,7 +698,9 @@ def unlearn(
     with progress.stage("evaluation, before"):
         references = survey_references(loaded, tokenizer, sets, **batching)
         before = survey(loaded, tokenizer, sets, max_new_tokens=max_new_tokens, **batching)
-    update = find_update(loaded, forget_batches, retain_batches, options, curvature=fitted, progress=progress)
+    update = find_update(
+        loaded, forget_batches, retain_batches, options, curvature=fitted, progress=progress, store=store
+    )  # fmt: skip
     update.apply_(loaded)
     with progress.stage("evaluation, after"):
         after = survey(loaded, tokenizer, sets, references, max_new_tokens=max_new_tokens, **batching)
@@ -674,6 +708,8 @@ def unlearn(
         update.save(out)
         if save_model:
             models.save_model(loaded, tokenizer, out / "model")
+        if store is not None and not keep_factors:
+            remove_curvature(store)
     comparisons = [Comparison(name, before.evaluations[name], after.evaluations[name]) for name in sets]
     examples = [e for name in sets for e in spread(name, before.replies[name], after.replies[name], 4)]
     page = write_report(out, update.report, comparisons, examples, configuration=effective)
@@ -1060,13 +1096,13 @@ def influence(
     from .data import check_loss_on, ordered_batches
     from .influence import influence as find_influence
     from .models import check_model, load_model
-    from .storage import MANIFEST, read_json
+    from .storage import read_manifest
 
     options = InfluenceConfig(damping, damping_kind, solved_bytes, query_rank)
     check_loss_on(loss_on)
     query_records, train_records = _records(query, limit), _records(train, limit)
     check_model(model, dtype, device)
-    read_json(factors / MANIFEST)
+    read_manifest(factors)
     _keep(out, _effective(ctx, options))
     progress = _start(quiet)
     with progress.stage("load the model"):

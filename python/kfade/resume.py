@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -167,8 +167,11 @@ def _read(directory: Path, config: FitConfig, made_from: Mapping[str, str]) -> d
     return manifest
 
 
-def check_store(directory: str | Path, config: FitConfig) -> None:
-    """Before a model is loaded: whether the directory can be written, and holds no fit with another configuration.
+def check_store(directory: str | Path, config: FitConfig) -> bool:
+    """Before a model is loaded: the directory can be written, and holds no fit with another configuration.
+
+    Returns:
+        Whether it holds a finished fit.
 
     Raises:
         StorageError: it holds something else.
@@ -176,8 +179,7 @@ def check_store(directory: str | Path, config: FitConfig) -> None:
     """
     directory = Path(directory)
     _probe(directory)
-    if (directory / MANIFEST).exists():
-        _read(directory, config, {})
+    return (directory / MANIFEST).exists() and bool(_read(directory, config, {})["fit"].get("finished"))
 
 
 def _probe(directory: Path) -> None:
@@ -280,13 +282,17 @@ class FitStore:
                 layers[n][c] != getattr(s, c) for n, s in states.items() for c in fixed
             ):
                 raise StorageError(f"{self._directory} holds a fit of other layers; give another directory")
+            checkpoint = manifest["fit"].get("checkpoint")
+            named = [*manifest["files"], *([checkpoint["file"]] if checkpoint else [])]
+            strange = [name for name in named if not _OURS.fullmatch(name)]
+            if strange:
+                raise StorageError(f"{where} names {strange[0]!r}, which is not a file of a fit")
             for name, entry in manifest["files"].items():
                 # One that somebody removed is computed again.
                 if (self._directory / name).is_file():
                     self._files[name] = {key: str(entry[key]) for key in ("layer", "stage", "sha256")}
             self._layers = {name: dict(counts) for name, counts in layers.items()}
-            checkpoint = manifest["fit"].get("checkpoint")
-            if checkpoint is not None and (self._directory / checkpoint["file"]).is_file():
+            if checkpoint and (self._directory / checkpoint["file"]).is_file():
                 self._checkpoint = {
                     key: checkpoint[key] for key in ("file", "sha256", "stages", "layers", "batches", "positions")
                 }
@@ -347,25 +353,17 @@ class FitStore:
 
     # ---- writing, on the side thread
 
-    def _submit(self, job: Callable[[], None]) -> None:
+    @contextmanager
+    def _writer(self) -> Iterator[SideThread]:
+        """The side thread; its error is told as that of the directory."""
         assert self._thread is not None
         try:
-            self._thread.submit(job)
+            yield self._thread
         except OSError as error:
-            raise self._write_error(error) from error
-
-    def _wait(self) -> None:
-        assert self._thread is not None
-        try:
-            self._thread.wait()
-        except OSError as error:
-            raise self._write_error(error) from error
-
-    def _write_error(self, error: OSError) -> OSError:
-        return OSError(
-            f"{self._directory} could not be written: {error}. What was saved before is still good: when this is"
-            " mended, the same call goes on with it"
-        )
+            raise OSError(
+                f"{self._directory} could not be written: {error}. What was saved before is still good: when this is"
+                " mended, the same call goes on with it"
+            ) from error
 
     def _commit(self, *, finished: bool) -> None:
         assert self._directory is not None
@@ -447,8 +445,10 @@ class FitStore:
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             set_tensor(states[name], field, value.to(self._device, copy=True), self._directory / found["file"])
-        for name, positions in found["positions"].items():
-            states[name].positions = positions
+        for name, state in states.items():
+            state.positions = found["positions"].get(name, state.positions)
+            if not all(stage_tensors(state, stage) for stage in stages if stage in stages_of(state)):
+                raise StorageError(f"{self._directory / found['file']} lacks the sums of {name}")
         self._begun = found["batches"]
         self._progress.say(f"going on after batch {self._begun} of {len(batches)} of {stages[0]}")
         return batches[self._begun :]
@@ -459,7 +459,8 @@ class FitStore:
             yield batch
             if self._directory is None or done == self._begun + len(batches):
                 continue
-            self._thread.raise_if_failed()  # type: ignore[union-attr]
+            with self._writer() as writer:
+                writer.raise_if_failed()
             if self._interrupted or time.monotonic() >= self._next:
                 self._save_sums(done)
             self._stop_if_interrupted()
@@ -486,9 +487,10 @@ class FitStore:
             write_tensors(path, tensors)
             self._replace_checkpoint({**entry, "sha256": sha256(path)})
 
-        self._submit(save)
-        # The next batch is added to these very tensors.
-        self._wait()
+        with self._writer() as writer:
+            writer.submit(save)
+            # The next batch is added to these very tensors.
+            writer.wait()
         now = time.monotonic()
         self._next = now + max(self._config.checkpoint_seconds, (now - begin) / CHECKPOINT_SHARE)
 
@@ -506,22 +508,29 @@ class FitStore:
         counts = {name: counts_of(state) for name, state in states.items()}
 
         def save() -> None:
-            entries = dict(write_stage(directory, *file) for file in files)
-            self._files.update(entries)
+            try:
+                self._files.update(dict([write_stage(directory, *file) for file in files]))
+            except OSError:
+                # Other units may have been written, and wait to be named.
+                with suppress(OSError):
+                    self._commit(finished=False)
+                raise
             self._layers.update(counts)
             if self._checkpoint is not None and self._checkpoint["stages"] == list(stages):
                 self._replace_checkpoint(None)
             else:
                 self._commit_soon()
 
-        self._submit(save)
+        with self._writer() as writer:
+            writer.submit(save)
         self._stop_if_interrupted()
 
     def release(self, states: Mapping[str, LayerCurvature]) -> None:
         """Let the states of a pass, all saved, be mapped from the disk: on a CPU they take no memory any more."""
         if self._directory is None or self._device.type != "cpu":
             return
-        self._wait()
+        with self._writer() as writer:
+            writer.wait()
         for name, entry in self._files.items():
             if entry["layer"] in states:
                 for key, value in read_tensors(self._directory / name).items():
@@ -532,11 +541,13 @@ class FitStore:
         """The fit is whole."""
         if self._directory is None:
             return
-        self._submit(lambda: self._commit(finished=True))
-        self._wait()
+        with self._writer() as writer:
+            writer.submit(lambda: self._commit(finished=True))
+            writer.wait()
         self._stop_if_interrupted()
 
     def _stop_if_interrupted(self) -> None:
         if self._interrupted:
-            self._wait()
-            raise KeyboardInterrupt(f"interrupted; what was done is saved in {self._directory}: the same call goes on")
+            with self._writer() as writer:
+                writer.wait()
+            raise KeyboardInterrupt(f"interrupted; what was done is saved in {self._directory}: run the same to go on")

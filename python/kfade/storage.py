@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +336,16 @@ def read_manifest(directory: Path, *, unfinished: bool = False) -> dict[str, Any
     if not unfinished and fit.get("finished") is False:
         raise StorageError(f"{directory} holds an unfinished fit; the same call of fit goes on with it")
     return manifest
+
+
+def remove_curvature(directory: Path) -> None:
+    """Remove a saved curvature: what its manifest names, and the directory where nothing else is in it."""
+    files = read_manifest(directory, unfinished=True).get("files", {})
+    (directory / MANIFEST).unlink()
+    for name in files:
+        (directory / Path(name).name).unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else
+        directory.rmdir()
 
 
 def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -330,6 +331,7 @@ def unlearn(
     progress: Progress | None = None,
     every: int = 0,
     observe: Callable[[int, float], None] | None = None,
+    store: str | Path | None = None,
 ) -> Update:
     """Find the update that makes a model lose a forget set within a retain-KL budget.
 
@@ -346,16 +348,21 @@ def unlearn(
         every: call `observe` after each so many steps; 0 never.
         observe: is told the steps taken and the seconds of unlearning so far, its own and looks on the way left out,
             with the model as the steps have made it, not yet scaled.
+        store: a directory in which the fit saves itself, and goes on where it was cut off; see `kfade.fit`. Refits
+            are not saved.
 
     Returns:
         The update of all steps, with `report`; empty of change if no scale of it meets the budget.
 
     Raises:
-        ValueError: bad batches, or a `curvature` of other layers.
+        ValueError: bad batches, a `curvature` of other layers, or both a `curvature` and a `store`.
+        StorageError, OSError: of `store`, as `fit`.
         UnsupportedLayerError, NonFiniteError: as `fit`.
     """
     config = config or UnlearnConfig()
     progress = progress or Progress()
+    if curvature is not None and store is not None:
+        raise ValueError(f"store is {store}, and a curvature is given: there is nothing to fit; give one of them")
     if (every > 0) != (observe is not None):
         raise ValueError(f"every is {every} and observe is {observe}; give both, with every at least 1, or neither")
     layers = select(model, config.fit.modules)
@@ -371,7 +378,7 @@ def unlearn(
         head = Head(model, fitted[0], {module for layer in layers for module in layer.modules}, config.fit.autocast)
         run = _Run(model, layers, head, config)
         try:
-            stepper = _Stepper(run, forget_batches, fitted, held, curvature, progress)
+            stepper = _Stepper(run, forget_batches, fitted, held, curvature, progress, store)
             stepper.take_all(every, observe)
             stepper.finish()
         finally:
@@ -402,7 +409,9 @@ class _Stepper:
         held: Sequence[Batch],
         curvature: Curvature | None,
         progress: Progress,
+        store: str | Path | None,
     ) -> None:
+        self._store = store
         self.run, self.config, self.progress = run, run.config, progress
         self.forget, self.fitted = forget, fitted
         self.held = held = [batch for batch in held if len(batch.loss_index)]
@@ -539,7 +548,7 @@ class _Stepper:
         tokens = [sum(b.tokens for b in (*f, *r)) for f, r in zip(self._forgets, self._retains, strict=True)]
         begin = time.perf_counter()
         if self.curvature is None:
-            self._fit()
+            self._fit(self._store)
         self._seconds += time.perf_counter() - begin
         with self.progress.stage("steps", sum(tokens)) as stage:
             for number in range(1, steps + 1):
@@ -559,8 +568,9 @@ class _Stepper:
                 if observe is not None and number % every == 0:
                     observe(number, self._seconds)
 
-    def _fit(self) -> None:
-        self.curvature = fit(self.run.model, as_batches(self.fitted), self.config.fit, progress=self.progress)
+    def _fit(self, store: str | Path | None = None) -> None:
+        model, batches = self.run.model, as_batches(self.fitted)
+        self.curvature = fit(model, batches, self.config.fit, progress=self.progress, store=store)
 
     def _look(self, number: int, eta: float) -> None:
         """Note the state on a few batches."""

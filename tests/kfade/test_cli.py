@@ -172,7 +172,7 @@ def test_flags_override_the_config_file(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("stepps: 3\nseed: 1", "unknown options ['stepps']; fit knows ['autocast', 'batch_size', 'chat', 'curvature'"),
+        ("stepps: 3\nseed: 1", "unknown options ['stepps']; fit knows ['autocast', 'batch_size', 'chat', 'checkpoint_seconds'"),
         ("- 1", "it must hold a mapping of options, not a list"),
         ("a: [", "it cannot be read"),
     ],
