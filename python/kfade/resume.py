@@ -114,6 +114,8 @@ class SideThread:
 
     def close(self) -> None:
         """Finish the jobs and the thread; errors are left to be asked for."""
+        # Not before: a job asks whether others wait.
+        self._jobs.join()
         self._jobs.put(None)
         self._thread.join()
 
@@ -260,7 +262,8 @@ class FitStore:
         self._clean(directory)
         self._require_room(directory, states, dtype)
         if not self._files:
-            self._commit(finished=False)
+            with self._writer():
+                self._commit(finished=False)
 
     def _lock(self, directory: Path) -> None:
         self._descriptor = os.open(directory, os.O_RDONLY)

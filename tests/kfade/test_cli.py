@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from kfade import models
 from kfade.cli import app
 from kfade.data import make_batches
 from kfade.demo import DATA, load_data
+from kfade.loss import Head
 
 KNOWN = 12
 SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -172,7 +175,7 @@ def test_flags_override_the_config_file(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("stepps: 3\nseed: 1", "unknown options ['stepps']; fit knows ['autocast', 'batch_size', 'chat', 'checkpoint_seconds'"),
+        ("stepps: 3\nseed: 1", "unknown options ['stepps']; fit knows ['autocast', 'batch_size', 'chat', 'checkpoint"),
         ("- 1", "it must hold a mapping of options, not a list"),
         ("a: [", "it cannot be read"),
     ],
@@ -196,6 +199,70 @@ def test_fit_then_unlearn_with_its_factors(home: Path, tmp_path: Path) -> None:
     message = refused(*quick(home, tmp_path / "v"), "--factors", tmp_path / "f", "--modules", "attention")
     assert "curvature has layers" in message
     assert "does not exist" in refused(*quick(home, tmp_path / "v"), "--factors", tmp_path / "nothing")
+
+
+def interrupt_in_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C while the labels of this batch are drawn, and not again."""
+    sampled, calls = Head.sampled, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(True)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sampled(*arguments)
+
+    monkeypatch.setattr(Head, "sampled", interrupted)
+
+
+def test_an_interrupted_fit_goes_on(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["fit", *sources(home)[:2], *sources(home)[4:], "--batch-size", 6, "--modules", "mlp", "--json"]
+    whole = json.loads(done(*command, "--out", tmp_path / "whole").stdout)
+    interrupt_in_batch(monkeypatch, 3)
+    result = call(*command, "--out", tmp_path / "f")
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr.splitlines()[-1] == (
+        f"interrupted; what was done is saved in {tmp_path / 'f'}: run the same to go on"
+    )
+    before = (tmp_path / "f" / "config.yaml").read_text()
+    assert "unfinished" in refused(*quick(home, tmp_path / "u"), "--factors", tmp_path / "f")
+    message = refused(*command, "--out", tmp_path / "f", "--seed", 5)
+    assert "config.seed is 5 and was 0" in message
+    assert "the batches differ" in refused(*command, "--out", tmp_path / "f", "--limit", 20)
+    assert (tmp_path / "f" / "config.yaml").read_text() == before
+
+    result = done(*command, "--out", tmp_path / "f")
+    assert "going on after batch 3 of 4 of factors" in result.stderr
+    assert json.loads(result.stdout)["layers"] == whole["layers"]
+    files = [json.loads((tmp_path / name / "manifest.json").read_text())["files"] for name in ("f", "whole")]
+    assert files[0] == files[1]
+
+
+def test_the_fit_of_an_interrupted_unlearning_goes_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*quick(home, tmp_path / "o"), "--batch-size", 6, "--json"]
+    interrupt_in_batch(monkeypatch, 2)
+    result = call(*command)
+    assert result.exit_code == 130 and "o/factors: run the same to go on" in result.stderr
+    monkeypatch.undo()
+    assert (tmp_path / "o" / "factors" / "manifest.json").is_file()
+    result = done(*command)
+    assert "going on after batch 2" in result.stderr
+    assert not (tmp_path / "o" / "factors").exists()
+    done(*command, "--keep-factors")
+    assert list(kfade.Curvature.load(tmp_path / "o" / "factors"))
+    # What was kept is used, and stays.
+    result = done(*command)
+    assert "factors A, S" not in result.stderr
+    assert list(kfade.Curvature.load(tmp_path / "o" / "factors"))
+
+
+def test_a_directory_that_cannot_be_written_is_named_before_the_model_is_loaded(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("loaded"))
+    for command in (["fit", *sources(home)[:2], *sources(home)[4:]], ["unlearn", *sources(home)]):
+        assert "cannot be written" in refused(*command, "--out", "/proc/nowhere/out")
 
 
 def test_only_the_answer_can_be_unlearned(home: Path, tmp_path: Path) -> None:
