@@ -181,17 +181,22 @@ def check_store(directory: str | Path, config: FitConfig) -> bool:
     """
     directory = Path(directory)
     _probe(directory)
-    return (directory / MANIFEST).exists() and bool(_read(directory, config, {})["fit"].get("finished"))
+    if (directory / MANIFEST).exists():
+        return bool(_read(directory, config, {})["fit"].get("finished"))
+    with suppress(OSError):  # empty, it may not be needed after all
+        directory.rmdir()
+    return False
 
 
 def _probe(directory: Path) -> None:
+    folder = directory / f".probe.{os.getpid()}.part"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe.{os.getpid()}"
-        write_text(probe, "")
-        probe.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "probe").write_bytes(b"1")
     except OSError as error:
         raise OSError(f"{directory} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -391,7 +391,8 @@ while killed < kills:
     if how == "time":
         code, _ = attempt(directory + "/killed", seconds=dice.uniform(0.02, max(0.1, 0.4 * length)))
     else:
-        code, _ = attempt(directory + "/killed", fatal=dice.randint(3, 60))
+        # Of about 250 events, 80 for the diagonal alone; a batch that is saved has six.
+        code, _ = attempt(directory + "/killed", fatal=dice.randint(3, 12 if curvature == "diagonal" else 60))
     if code == 0:
         break
     assert code == -signal.SIGKILL, code
@@ -617,7 +618,8 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 def test_a_write_that_fails_on_the_side_reaches_the_caller(work: Work, tmp_path: Path) -> None:
     """A real failure: packed sums of order 64 fit into the limit, eigenvectors with their eigenvalues do not."""
-    model, options = tiny("llama", torch.float32, intermediate_size=64), replace(OPTIONS, checkpoint_seconds=3600)
+    model = tiny("llama", torch.float32, intermediate_size=64)
+    options = replace(OPTIONS, modules="up_proj", layers_per_pass=1, checkpoint_seconds=3600)
     plain = kfade.fit(model, BATCHES, options)
     with file_size_limit(64 * 64 * 4 + 200), pytest.raises(OSError, match=r"/s could not be written.*the same call"):
         kfade.fit(model, BATCHES, options, store=tmp_path / "s")
