@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, batch, tiny
+from models import VOCABULARY, batch, loss_positions, tiny
 from oracles import Sizes, assert_close, outer_sum, relative
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import kfade
+from kfade import StorageError
 from kfade.integrations import UnsupportedPeerError
 from kfade.integrations import kronfluence as integration
 from kfade.integrations.kronfluence import accelerate
+from kfade.integrations.kronfluence_files import export_factors, import_factors
 
 kronfluence = pytest.importorskip("kronfluence")
 from kronfluence import Analyzer, FactorArguments, ScoreArguments, Task, prepare_model  # noqa: E402
@@ -605,7 +608,7 @@ def test_shared_inputs_are_added_and_decomposed_once(tmp_path: Path, monkeypatch
 
 
 def test_no_gradient_of_a_sequence_is_made(tmp_path: Path) -> None:
-    script = Script("llama MLP", tmp_path, strategy="diagonal")
+    script = Script(RIGHT, tmp_path, strategy="diagonal")
     widths = {(6, 24, 16), (6, 16, 24)}
     with Sizes() as theirs:
         fitted(script, "lambda")
@@ -722,3 +725,103 @@ def test_a_missing_kronfluence_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(__import__("sys").modules, "kronfluence", None)
     with pytest.raises(UnsupportedPeerError, match=r"cannot be imported.*1\.0\.1"):
         accelerate()
+
+
+# ------------------------------------------------------------------------------------------ factor files
+
+MLP = r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj"
+
+
+def right_padded() -> Rows:
+    """Where the task's positions, which count padding on the left, are those of kfade."""
+    parts = [batch("right", 8, 11, seed) for seed in range(3)]
+    return Rows(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+RIGHT: Made = (CASES["llama MLP"][0], CASES["llama MLP"][1], right_padded)
+
+
+def as_batches(data: Rows) -> list[dict[str, Tensor]]:
+    whole = data.columns
+    return [{name: column[i : i + 8] for name, column in whole.items()} for i in range(0, len(data), 8)]
+
+
+@pytest.mark.parametrize("strategy", ["kfac", "ekfac", "diagonal"])
+def test_exported_factors_are_kronfluences_own(strategy: str, tmp_path: Path) -> None:
+    """Of labelled tokens, where both have the same gradients: file by file, and the scores that come of them."""
+    theirs, ours = (Script(RIGHT, tmp_path / name, strategy=strategy, use_empirical_fisher=True) for name in ("a", "b"))
+    truth = theirs.fit().scores()
+    model = tiny("llama", torch.float32, mlp_bias=False)
+    options = kfade.FitConfig(curvature=strategy, fisher="empirical", modules=MLP)
+    curvature = kfade.fit(model, as_batches(theirs.data), options)
+    export_factors(curvature, tmp_path / "b" / "run" / "factors_f", len(theirs.data))
+    if strategy != "diagonal":
+        read = [s.analyzer.load_covariance_matrices("f") for s in (ours, theirs)]
+        assert_same_factors(*read, SUMS)
+        values = [s.analyzer.load_eigendecomposition("f") for s in (ours, theirs)]
+        for kind in ("activation_eigenvalues", "gradient_eigenvalues"):
+            assert_same_factors({kind: values[0][kind]}, {kind: values[1][kind]}, SUMS)
+    if strategy != "kfac":
+        # In the eigenbasis of our own sums, whose columns turn where eigenvalues are close.
+        tolerance = CORRECTED if strategy == "diagonal" else 1e-2
+        assert_same_factors(*(s.analyzer.load_lambda_matrices("f") for s in (ours, theirs)), tolerance)
+    assert_same_scores(ours.scores(), truth)
+
+
+@pytest.mark.parametrize("strategy", ["kfac", "ekfac", "diagonal"])
+def test_imported_factors_are_those_of_a_fit(strategy: str, tmp_path: Path) -> None:
+    script = Script(RIGHT, tmp_path, strategy=strategy, use_empirical_fisher=True).fit()
+    model, batches = tiny("llama", torch.float32, mlp_bias=False), as_batches(script.data)
+    fitted = kfade.fit(model, batches, kfade.FitConfig(curvature=strategy, fisher="empirical", modules=MLP))
+    read = import_factors(script.analyzer.factors_output_dir("f"), model, MLP, losses=loss_positions(batches))
+    assert list(read) == list(fitted) and read.config == fitted.config
+    generator = torch.Generator().manual_seed(0)
+    gradients = {name: torch.randn(state.d_out, state.width_in, generator=generator) for name, state in fitted.items()}
+    solved, truth = read.solve(gradients, 0.1), fitted.solve(gradients, 0.1)
+    for name, state in fitted.items():
+        assert read[name].losses == state.losses
+        if strategy != "diagonal":
+            assert read[name].positions == state.positions
+            assert_close(read[name].input_factor(), state.input_factor(), SUMS, name)
+            assert_close(read[name].output_factor(), state.output_factor(), SUMS, name)
+        # As far as both agree on scores.
+        assert_close(solved[name], truth[name], 1e-3, name)
+
+
+def test_exported_factors_come_back(tmp_path: Path) -> None:
+    model, batches = tiny("llama", torch.float32), as_batches(texts())
+    fitted = kfade.fit(model, batches, kfade.FitConfig(modules="mlp", samples=2))
+    export_factors(fitted, tmp_path, len(texts()))
+    read = import_factors(tmp_path, model, losses=2 * loss_positions(batches))
+    for name, state in fitted.items():
+        assert torch.equal(read[name].input_factor(), state.input_factor())
+        assert torch.equal(read[name].output_factor(), state.output_factor())
+        assert torch.equal(read[name].eigenvalues(), state.eigenvalues())
+        # There and back is two roundings.
+        torch.testing.assert_close(read[name].lambda_out, state.lambda_out, rtol=3e-7, atol=0)
+
+
+def test_factor_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model, batches = tiny("llama", torch.float32), as_batches(texts())
+    fitted = kfade.fit(model, batches, kfade.FitConfig(modules="mlp"))
+    for value, kind in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(kind, match="sequences is"):
+            export_factors(fitted, tmp_path, value)  # type: ignore[arg-type]
+        with pytest.raises(kind, match="losses is"):
+            import_factors(tmp_path, model, losses=value)  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match=r"factor_arguments.json does not exist"):
+        import_factors(tmp_path, model)
+    conv = kfade.fit(tiny("gpt2", torch.float32), batches, kfade.FitConfig(modules="mlp", curvature="kfac"))
+    with pytest.raises(ValueError, match="is a Conv1D"):
+        export_factors(conv, tmp_path, 24)
+    export_factors(fitted, tmp_path, 24)
+    with pytest.raises(StorageError, match=r"differ in model\.layers\.0\.self_attn"):
+        import_factors(tmp_path, model, "all-linear")
+    with pytest.raises(StorageError, match=r"of shape \[17, 17\]; it must be \[16, 16\]"):
+        import_factors(tmp_path, tiny("llama", torch.float32, mlp_bias=False))
+    (tmp_path / "lambda_matrix.safetensors").write_bytes(b"half")
+    with pytest.raises(StorageError, match=r"lambda_matrix.safetensors cannot be read"):
+        import_factors(tmp_path, model)
+    export_factors(kfade.fit(model, batches, kfade.FitConfig(curvature="diagonal")), tmp_path, 24)
+    with pytest.raises(ValueError, match="losses is None; for the strategy diagonal"):
+        import_factors(tmp_path, model)
