@@ -19,6 +19,7 @@ import pytest
 import torch
 from kfade_kernels import PackedSymmetric
 from models import batch, hand_made, tiny
+from pages import run_examples
 from torch import Tensor
 
 import kfade
@@ -716,3 +717,9 @@ def test_unlearning_goes_on_with_its_fit(model: Any, work: Work, tmp_path: Path)
         kfade.unlearn(
             model, BATCHES[:1], BATCHES[1:], options, curvature=Curvature.load(tmp_path / "s"), store=tmp_path / "s"
         )
+
+
+def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run_examples("saving.md")
+    assert len(found["curvature"]) == 6 and manifest(tmp_path / "factors")["fit"]["finished"]
