@@ -224,6 +224,16 @@ _LayersPerPass = Annotated[
         rich_help_panel=_CURVATURE,
     ),
 ]
+_DeviceMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--device-memory",
+        metavar="GIB",
+        help="GiB that the process may take on the device; layers are split into passes that fit.",
+        show_default="no limit",
+        rich_help_panel=_CURVATURE,
+    ),
+]
 _Autocast = Annotated[str, typer.Option("--autocast", help="off, bfloat16 or float16.", rich_help_panel=_CURVATURE)]
 _Temperature = Annotated[
     float,
@@ -522,6 +532,7 @@ def fit(
     samples: _Samples = _FIT.samples,
     seed: _Seed = _FIT.seed,
     layers_per_pass: _LayersPerPass = _FIT.layers_per_pass,
+    device_memory: _DeviceMemory = _FIT.device_memory,
     autocast: _Autocast = _FIT.autocast,
     temperature: _Temperature = _FIT.temperature,
     checkpoint_seconds: _CheckpointSeconds = _FIT.checkpoint_seconds,
@@ -592,6 +603,7 @@ def unlearn(
     samples: _Samples = _UNLEARN.fit.samples,
     seed: _Seed = _UNLEARN.fit.seed,
     layers_per_pass: _LayersPerPass = _UNLEARN.fit.layers_per_pass,
+    device_memory: _DeviceMemory = _UNLEARN.fit.device_memory,
     autocast: _Autocast = _UNLEARN.fit.autocast,
     temperature: _Temperature = _UNLEARN.fit.temperature,
     checkpoint_seconds: _CheckpointSeconds = _UNLEARN.fit.checkpoint_seconds,

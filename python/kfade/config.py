@@ -58,6 +58,8 @@ class FitConfig:
         seed: of the sampled labels, which depend on it and on each sequence's own tokens only.
         layers_per_pass: at most so many layers collect at a time, each group of them with its own
             passes over the data; None collects all at once.
+        device_memory: GiB that the process may take on the model's device; where `layers_per_pass` is None it is chosen
+            so that the fit stays within, see `kfade.plan`. None is no limit.
         autocast: `off`, `bfloat16` or `float16`: run the model under autocast.
         temperature: T, by which logits are divided before the softmax whose Fisher is taken. Beyond 1 it sees
             directions that a model has become sure in, where its own Fisher is nearly 0 and grows as soon as it moves.
@@ -71,6 +73,7 @@ class FitConfig:
     samples: int = 1
     seed: int = 0
     layers_per_pass: int | None = None
+    device_memory: float | None = None
     autocast: str = "off"
     temperature: float = 1.0
     checkpoint_seconds: float = 60.0
@@ -87,6 +90,8 @@ class FitConfig:
         _integer("seed", self.seed, 0)
         if self.layers_per_pass is not None:
             _integer("layers_per_pass", self.layers_per_pass, 1)
+        if self.device_memory is not None:
+            _number("device_memory", self.device_memory, above=0.0)
         _number("temperature", self.temperature, above=0.0)
         _number("checkpoint_seconds", self.checkpoint_seconds, minimum=0.0)
 

@@ -17,8 +17,9 @@ from .correction import CorrectionCollector
 from .curvature import Curvature, LayerCurvature
 from .decomposition import decompose
 from .factors import FactorCollector
-from .layers import Layer, select
+from .layers import Layer, in_passes, select
 from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch
+from .plan import plan_fit
 from .progress import Progress
 from .resume import CORRECTION, FACTORS, FitStore
 
@@ -65,19 +66,6 @@ def fitted_layers(model: nn.Module, curvature: Curvature) -> list[Layer]:
             " between them; it must have been fitted on a model with the same layers"
         )
     return layers
-
-
-def _passes(layers: Sequence[Layer], at_most: int | None) -> list[list[Layer]]:
-    """Split layers into passes, keeping each input group together."""
-    if at_most is None:
-        return [list(layers)]
-    passes: list[list[Layer]] = [[]]
-    for leader in (layer for layer in layers if layer.leads):
-        members = [layer for layer in layers if layer.group == leader.name]
-        if passes[-1] and len(passes[-1]) + len(members) > at_most:
-            passes.append([])
-        passes[-1].extend(members)
-    return passes
 
 
 class Collector(Protocol):
@@ -223,6 +211,7 @@ def _fit_layers(
                     store.put({name: states[name]}, [which])
 
                 decompose_states(states, decomposed)
+                store.release(states, FACTORS)
 
     if config.curvature in ("diagonal", "ekfac"):
         todo = store.unfinished(layers, CORRECTION)
@@ -255,6 +244,9 @@ def _fit_states(
     checked = check_batches(batches, device_of(model))
     tracked = {module for layer in layers for module in layer.modules}
     states: dict[str, LayerCurvature] = {}
+    at_most = config.layers_per_pass
+    if config.device_memory is not None:
+        at_most = plan_fit(model, checked, config, stored=store is not None).layers_per_pass
     with ExitStack() as stack:
         for context in (deterministic_mode(model), frozen(model), graph_from_embeddings(model)):
             stack.enter_context(context)
@@ -263,7 +255,7 @@ def _fit_states(
         kept = stack.enter_context(FitStore(store, config, progress))
         losses = 0 if config.curvature == "identity" else loss_count(checked, config)
         kept.open(model, model_id(model), new_states(layers, losses), checked, device_of(model), state_dtype(model))
-        passes = _passes(layers, config.layers_per_pass)
+        passes = in_passes(layers, at_most)
         for number, part in enumerate(passes, 1):
             suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
             states.update(_fit_layers(model, head, part, checked, config, progress, suffix, decomposes, kept))
@@ -297,6 +289,7 @@ def fit(
 
     Raises:
         StorageError: `store` holds something else than this fit, or a corrupt file.
+        ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.
         ValueError: no batch, no loss position, or a selection that matches nothing.
         UnsupportedLayerError: a selected layer cannot be handled exactly.

@@ -8,7 +8,7 @@ group*: their input factor is the same matrix and is accumulated once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,6 +91,19 @@ class Layer:
         if self.has_bias:
             parts[f"{self.name}.bias"] = matrix[:, self.d_in].contiguous()
         return parts
+
+
+def in_passes(layers: Sequence[Layer], at_most: int | None) -> list[list[Layer]]:
+    """Split layers into passes of at most so many, keeping each input group together; None is one pass."""
+    if at_most is None:
+        return [list(layers)]
+    passes: list[list[Layer]] = [[]]
+    for leader in (layer for layer in layers if layer.leads):
+        members = [layer for layer in layers if layer.group == leader.name]
+        if passes[-1] and len(passes[-1]) + len(members) > at_most:
+            passes.append([])
+        passes[-1].extend(members)
+    return passes
 
 
 def _is_candidate(module: nn.Module) -> bool:

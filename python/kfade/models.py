@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .storage import write_text
 
@@ -99,6 +99,37 @@ def load_model(name_or_dir: str | Path, dtype: str = "float32", device: str = "c
     if gguf is not None:  # a name worth keeping in an update; the folder says nothing
         model.config._name_or_path = gguf
     return model.to(device).eval(), tokenizer
+
+
+def configuration_of(model: str) -> Any:
+    """The transformers configuration of a directory, a `config.json`, a .gguf file or a hub name; no weights are read.
+
+    Raises:
+        ValueError: there is none, or it is not of a causal language model that transformers knows.
+    """
+    path = Path(model).expanduser()
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if path.suffix == ".json" and path.is_file():
+        source: str = str(path)
+    else:
+        source, gguf = _location(model)
+        options |= {"gguf_file": gguf} if gguf is not None else {}
+    try:
+        found = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"--model is {model}; its configuration cannot be read: {reason[0]}") from error
+    if type(found) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"--model is {model}; a {found.model_type!r} is no causal language model of transformers")
+    return found
+
+
+def outline_model(config: Any, dtype: str = "float32") -> Any:
+    """A model of a configuration on the meta device: shapes without values."""
+    if getattr(config, "quantization_config", None) is not None:  # a GGUF file's, whose weights are loaded as `dtype`
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
 
 
 def weights_sha256(model: nn.Module) -> str:

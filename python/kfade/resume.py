@@ -65,7 +65,7 @@ from .storage import (
 # The stages that a pass over the data fills together.
 FACTORS, CORRECTION = ("factors", "input_factors"), ("correction",)
 # Options that change how a fit runs and not what it gives.
-_FREE = ("layers_per_pass", "checkpoint_seconds")
+_FREE = ("layers_per_pass", "device_memory", "checkpoint_seconds")
 # Sums are saved no more often than takes this share of the time.
 CHECKPOINT_SHARE = 0.02
 # A manifest names what was written at the latest so many seconds after, however much is waiting to be written.
@@ -533,14 +533,14 @@ class FitStore:
             writer.submit(save)
         self._stop_if_interrupted()
 
-    def release(self, states: Mapping[str, LayerCurvature]) -> None:
-        """Let the states of a pass, all saved, be mapped from the disk: on a CPU they take no memory any more."""
+    def release(self, states: Mapping[str, LayerCurvature], stages: Sequence[str] = tuple(STAGES)) -> None:
+        """Let what stages left in states, all saved, be mapped from the disk: on a CPU it takes no memory any more."""
         if self._directory is None or self._device.type != "cpu":
             return
         with self._writer() as writer:
             writer.wait()
         for name, entry in self._files.items():
-            if entry["layer"] in states:
+            if entry["layer"] in states and entry["stage"] in stages:
                 for key, value in read_tensors(self._directory / name).items():
                     set_tensor(states[entry["layer"]], key, value, self._directory / name)
         share_in_groups(states)
