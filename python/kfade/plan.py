@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from kfade_kernels import cost
 from kfade_kernels.configurations import Configuration
+from kfade_kernels.eigenvalue_correction.pytorch import TILE_ELEMENTS
 from kfade_kernels.packed import PANEL_ROWS, packed_elements
 from kfade_kernels.precision import multiplies_bf16
-from kfade_kernels.eigenvalue_correction.pytorch import TILE_ELEMENTS
 from kfade_kernels.rotation import rotates_tokens
 from kfade_kernels.sampled_cross_entropy.pytorch import rows_per_chunk
 from kfade_kernels.syrk.pytorch import CHUNK_ROWS, GPU_PANELS
@@ -93,7 +93,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, f.name) for f in fields(self) if f.name != "stage")
+        return float(sum(getattr(self, f.name) for f in fields(self) if f.name != "stage"))
 
 
 @dataclass(frozen=True)
@@ -449,8 +449,7 @@ class _Model:
         others = sum(outside.values())
         order = {x.name: i for i, x in enumerate(self.layers)}
         alive = {
-            x.name: foot.alive[x.name] - sum(v for g, v in outside.items() if order[g] <= order[x.name])
-            for x in part
+            x.name: foot.alive[x.name] - sum(v for g, v in outside.items() if order[g] <= order[x.name]) for x in part
         }
         return foot.held_after_forward - others, foot.held_peak - others, alive
 
@@ -481,9 +480,7 @@ class _Model:
             live, work = self._data_peak(after, peak, alive, inside)
             pairs = vectors if self.compute == torch.bfloat16 and self.itemsize == 4 else 0.0
             kept = 0.0 if self.stored else sums
-            plans.append(
-                MemoryPlan("eigenvalues Λ", *base, kept, vectors + pairs, self.eigenvalues(part), live, work)
-            )
+            plans.append(MemoryPlan("eigenvalues Λ", *base, kept, vectors + pairs, self.eigenvalues(part), live, work))
         return plans
 
     def _data_peak(
@@ -702,8 +699,8 @@ def _reasons(model: _Model, at_most: int | None, memory: list[MemoryPlan], limit
         found.append(f"All layers collect in one pass, because {_gib(one)} are within the limit of {_gib(limit)}.")
     elif peak <= limit:
         found.append(
-            f"One pass would take {_gib(one)}, more than {_gib(limit)}. {len(passes)} passes of at most {at_most} layers"
-            " are the fewest that fit; each costs one more forward and backward of all data in each stage that sees it."
+            f"One pass would take {_gib(one)}, more than {_gib(limit)}. {len(passes)} passes of at most {at_most}"
+            " layers are the fewest that fit; each costs one more forward and backward of all data in each stage that sees it."
         )
     if model.stored and memory:
         found.append(
@@ -814,12 +811,24 @@ def plan_model(
         ValueError: the selection matches nothing.
         UnsupportedLayerError: a layer cannot be handled, or what the model does depends on its data.
     """
-    layers, foot = simulate(model, select(model, config.modules), load.size, load.length, config.autocast, config.samples)
+    layers, foot = simulate(
+        model, select(model, config.modules), load.size, load.length, config.autocast, config.samples
+    )
     parameters, weights = _weights(model)
     blocks = int(getattr(getattr(model, "config", None), "num_hidden_layers", 0) or 0)
     dtype = max((p.dtype for p in model.parameters()), key=lambda d: d.itemsize)
     sizes = _Model(
-        layers, foot, config, load, rates, dtype, rank, weights, _vocabulary(model, foot), devices, blocks,
+        layers,
+        foot,
+        config,
+        load,
+        rates,
+        dtype,
+        rank,
+        weights,
+        _vocabulary(model, foot),
+        devices,
+        blocks,
         stored,
     )
     return _plan(name, sizes, parameters, rank, limit)

@@ -66,7 +66,7 @@ def _flash_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any)
     return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))
 
 
-_CPU_ATTENTION = {
+_CPU_ATTENTION: dict[str, Callable[..., int]] = {
     "aten._scaled_dot_product_flash_attention_for_cpu": _flash_flops,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward_flops,
 }
@@ -103,7 +103,7 @@ class _Meter(TorchDispatchMode):
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         born = sum(t.nbytes for t in results if self._born(t))
         packet = func._overloadpacket
-        count: Callable[..., Any] | None = _CPU_ATTENTION.get(str(packet))
+        count = _CPU_ATTENTION.get(str(packet))
         if count is not None:
             self.flops += count(*args, **kwargs)
         elif packet in flop_registry:
