@@ -11,6 +11,7 @@ from .influence import Influence, influence
 from .laplace import Laplace, LogitVariance
 from .layers import WeightAndBias
 from .operators import CurvatureOperator
+from .plan import Plan, plan
 from .progress import Progress
 from .training import FactorTracker
 from .unlearn import Outcome, Step, UnlearnReport, unlearn
@@ -34,6 +35,7 @@ __all__ = [
     "LogitVariance",
     "NonFiniteError",
     "Outcome",
+    "Plan",
     "Predictive",
     "Progress",
     "Reapplied",
@@ -48,6 +50,7 @@ __all__ = [
     "fit",
     "influence",
     "optim",
+    "plan",
     "reapply",
     "sampled_labels",
     "unlearn",

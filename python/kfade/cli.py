@@ -554,6 +554,7 @@ def fit(
     from .data import make_batches
     from .fit import fit as fit_curvature
     from .models import check_model, load_model
+    from .plan import beside_table, plan_run
     from .resume import check_store
     from .storage import MANIFEST
 
@@ -567,7 +568,12 @@ def fit(
     with progress.stage("load the model"):
         loaded, tokenizer = load_model(model, dtype, device)
     batches = make_batches(tokenizer, records, chat=chat, batch_size=batch_size, max_tokens=max_tokens)
+    with progress.stage("plan"):
+        planned = plan_run(loaded, batches, options, model, out)
+    for reason in planned.reasons:
+        progress.say(reason)
     fitted = fit_curvature(loaded, batches, options, progress=progress, store=out)
+    compared = planned.beside(progress.costs)
     # Not before the fit: what is there may be refused, and then it keeps its options.
     _keep(out, _effective(ctx, options))
     values = {
@@ -576,9 +582,70 @@ def fit(
         "layers": list(fitted),
         "records": len(records),
         "costs": _costs(progress),
+        "plan": planned.to_json(),
+        "planned_and_measured": [asdict(stage) for stage in compared],
     }
     rows = [[c.name, f"{c.seconds:.1f} s", f"{c.rate:,.0f} {c.unit}s/s" if c.units else "–"] for c in progress.costs]
-    _print(as_json, values, _table(f"{curvature} of {len(fitted)} layers in {out}", ["stage", "time", "rate"], rows))
+    shown = _table(f"{curvature} of {len(fitted)} layers in {out}", ["stage", "time", "rate"], rows)
+    _print(as_json, values, shown, *(_table(*beside_table(compared)) for _ in compared[:1]))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="Model: a directory, a config.json, a .gguf file, or a name on the Hugging Face hub; no weights are"
+            " read.",
+        ),
+    ],
+    tokens: Annotated[int, typer.Option("--tokens", help="Of the retain set.")],
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens a sequence.")] = 512,
+    batch_size: _BatchSize = 8,
+    curvature: _Curvature = _FIT.curvature,
+    fisher: _Fisher = _FIT.fisher,
+    modules: _Modules = _FIT.modules,
+    samples: _Samples = _FIT.samples,
+    layers_per_pass: _LayersPerPass = _FIT.layers_per_pass,
+    device_memory: _DeviceMemory = _FIT.device_memory,
+    autocast: _Autocast = _FIT.autocast,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", help="Of low-rank factors.", show_default="full factors", rich_help_panel=_CURVATURE),
+    ] = None,
+    dtype: _Dtype = "float32",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="cpu (measured for two seconds), A100, H100, H200, B200 or L40S.", rich_help_panel=_DATA
+        ),
+    ] = "cpu",
+    devices: Annotated[
+        int,
+        typer.Option(
+            "--devices", help="Devices that share the work; simulated beyond one.", rich_help_panel=_DATA
+        ),
+    ] = 1,
+    config: _Config = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+    debug: _Debug = False,
+) -> None:
+    """Say what a fit will take, before anything runs: FLOPs, bytes, time and memory of each stage, and its passes."""
+    from .plan import plan as plan_of
+    from .plan import tables
+
+    options = FitConfig(
+        curvature=curvature, fisher=fisher, modules=modules, samples=samples, layers_per_pass=layers_per_pass,
+        device_memory=device_memory, autocast=autocast,
+    )  # fmt: skip
+    _start(quiet)
+    found = plan_of(
+        model, tokens, seq_len, options, batch_size=batch_size, device=device, devices=devices, dtype=dtype, rank=rank
+    )
+    shown = [_table(title, head, rows, "left") for title, head, rows in tables(found)]
+    _print(as_json, {"command": "plan", **found.to_json()}, *shown)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from .factors import FactorCollector
 from .layers import Layer, in_passes, select
 from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch
 from .plan import plan_fit
-from .progress import Progress
+from .progress import Progress, return_freed_memory
 from .resume import CORRECTION, FACTORS, FitStore
 
 
@@ -246,6 +246,7 @@ def _fit_states(
     states: dict[str, LayerCurvature] = {}
     at_most = config.layers_per_pass
     if config.device_memory is not None:
+        return_freed_memory()
         at_most = plan_fit(model, checked, config, stored=store is not None).layers_per_pass
     with ExitStack() as stack:
         for context in (deterministic_mode(model), frozen(model), graph_from_embeddings(model)):

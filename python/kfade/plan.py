@@ -28,10 +28,10 @@ from torch import nn
 from .config import FitConfig
 from .factors import WAITING_BYTES
 from .layers import Layer, in_passes, select
-from .loss import Batch
+from .loss import Batch, check_batch
 from .models import DTYPES, configuration_of, outline_model
 from .progress import StageCost
-from .rates import GIB, UNTIMED, Rates, rates_of, resident_bytes
+from .rates import GIB, TABLE, UNTIMED, Rates, calibrate, rates_of, resident_bytes
 from .simulation import Footprint, simulate
 
 FORMAT, VERSION = "kfade-plan", 1
@@ -700,7 +700,8 @@ def _reasons(model: _Model, at_most: int | None, memory: list[MemoryPlan], limit
     elif peak <= limit:
         found.append(
             f"One pass would take {_gib(one)}, more than {_gib(limit)}. {len(passes)} passes of at most {at_most}"
-            " layers are the fewest that fit; each costs one more forward and backward of all data in each stage that sees it."
+            " layers are the fewest that fit; each costs one more forward and backward of all"
+            " data in each stage that sees them."
         )
     if model.stored and memory:
         found.append(
@@ -928,6 +929,34 @@ def plan_fit(
             f" {math.ceil(100 * found.peak_bytes / GIB) / 100:g}{advice}. {found.reasons[0]}"
         )
     return found
+
+
+def plan_run(
+    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], config: FitConfig, name: str, store: Path
+) -> Plan:
+    """The plan of a run of `kfade fit`, with the rates of its device: a GPU's by its name, a CPU's measured.
+
+    Raises:
+        ValueError: as `plan_fit`, or a batch is not as it must be.
+    """
+    device = next(model.parameters()).device
+    checked = [check_batch(batch, i, device) for i, batch in enumerate(batches)]
+    if device.type == "cuda":
+        known = torch.cuda.get_device_name(device)
+        rates = next((rates for key, rates in TABLE.items() if key in known), TABLE["A100"])
+    else:
+        rates = calibrate(store)
+    return plan_fit(model, checked, config, stored=True, name=name, rates=rates)
+
+
+def beside_table(found: Sequence[Beside]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, column heads and rows of what was planned beside what was measured."""
+    rows = [
+        [b.stage, f"{b.planned_seconds:.1f} s", f"{b.seconds:.1f} s", _gib(b.planned_bytes), _gib(b.bytes)]
+        for b in found
+    ]
+    head = ["stage", "time planned", "time", "peak memory planned", "peak memory"]
+    return "Planned and measured", head, rows
 
 
 def tables(value: Plan) -> list[tuple[str, list[str], list[list[str]]]]:

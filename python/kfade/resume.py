@@ -85,6 +85,7 @@ class SideThread:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             self._do(job)
+            del job  # and the tensors that it holds
             self._jobs.task_done()
 
     def _do(self, job: Callable[[], None]) -> None:
