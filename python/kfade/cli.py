@@ -623,9 +623,7 @@ def plan(
     ] = "cpu",
     devices: Annotated[
         int,
-        typer.Option(
-            "--devices", help="Devices that share the work; simulated beyond one.", rich_help_panel=_DATA
-        ),
+        typer.Option("--devices", help="Devices that share the work; simulated beyond one.", rich_help_panel=_DATA),
     ] = 1,
     config: _Config = None,
     as_json: _Json = False,
