@@ -748,6 +748,8 @@ def _assumptions(model: _Model) -> list[str]:
     )
     found.append("no sequence is padded" if not model.load.padded else "batches are padded, and computed as they are")
     found.append(f"eigh needs {EIGH_MATRICES} dense matrices at once, and float32 suffices")
+    if not model.on_cpu and model.stored:
+        found.append("simulated: finished layers leave the GPU for disk; for now a fit does that on a CPU only")
     if model.devices > 1:
         found.append(
             "simulated: more than one device is not implemented yet. Data are split evenly; triangles are reduced to"
@@ -794,6 +796,7 @@ def plan_model(
     devices: int = 1,
     limit: float | None = None,
     stored: bool = True,
+    simulated: tuple[list[Layer], Footprint] | None = None,
 ) -> Plan:
     """The plan of the fit of a model that is here, with weights or on `meta`.
 
@@ -807,12 +810,13 @@ def plan_model(
         devices: how many share the work.
         limit: memory of a device in bytes, or None for no limit.
         stored: whether the fit is given a directory to save in as it goes.
+        simulated: what `simulate` gave for this model and data, where several plans share it.
 
     Raises:
         ValueError: the selection matches nothing.
         UnsupportedLayerError: a layer cannot be handled, or what the model does depends on its data.
     """
-    layers, foot = simulate(
+    layers, foot = simulated or simulate(
         model, select(model, config.modules), load.size, load.length, config.autocast, config.samples
     )
     parameters, weights = _weights(model)
@@ -921,6 +925,8 @@ def plan_fit(
     device = next(model.parameters()).device
     taken = torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_bytes()
     now = replace(rates, kind=device.type, process=max(0.0, taken - _weights(model)[1]))
+    # On a GPU finished layers stay there: a curvature that is mapped from files is on the CPU.
+    stored = stored and device.type == "cpu"
     found = plan_model(model, name, Workload.of(batches), config, now, limit=limit, stored=stored)
     if not found.fits:
         advice = "" if stored else "; finished layers leave memory where the fit has a directory to save them in"
@@ -975,7 +981,7 @@ def tables(value: Plan) -> list[tuple[str, list[str], list[list[str]]]]:
         for s in value.stages
     ]
     names = [f.name for f in fields(MemoryPlan) if f.name != "stage"]
-    memory = [[m.stage, *(_gib(getattr(m, n)) for n in names), _gib(m.total)] for m in value.memory]
+    memory = [[m.stage, *(f"{getattr(m, n) / GIB:.2f}" for n in (*names, "total"))] for m in value.memory]
     places = [[p.what, p.where, _gib(p.bytes), p.until] for p in value.places]
     count = f"{value.devices} × {value.device}" if value.devices > 1 else value.device
     title = (
@@ -985,7 +991,7 @@ def tables(value: Plan) -> list[tuple[str, list[str], list[list[str]]]]:
     each = " a device" if value.devices > 1 else ""
     return [
         (title, ["stage", "runs", f"TFLOP{each}", f"memory moved{each}", "to disk", "time"], stages),
-        (f"Memory at the peak of each stage{each}", ["stage", *names, "total"], memory),
+        (f"Memory at the peak of each stage{each}, GiB", ["stage", *names, "total"], memory),
         ("What is kept where", ["", "where", "size", "until"], places),
         ("Why", [""], [[reason] for reason in value.reasons]),
         ("Assumptions", [""], [[assumption] for assumption in value.assumptions]),
