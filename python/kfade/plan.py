@@ -981,7 +981,7 @@ def tables(value: Plan) -> list[tuple[str, list[str], list[list[str]]]]:
         for s in value.stages
     ]
     names = [f.name for f in fields(MemoryPlan) if f.name != "stage"]
-    memory = [[m.stage, *(f"{getattr(m, n) / GIB:.2f}" for n in (*names, "total"))] for m in value.memory]
+    memory = [[name, *(f"{getattr(m, name) / GIB:.2f}" for m in value.memory)] for name in (*names, "total")]
     places = [[p.what, p.where, _gib(p.bytes), p.until] for p in value.places]
     count = f"{value.devices} × {value.device}" if value.devices > 1 else value.device
     title = (
@@ -991,7 +991,7 @@ def tables(value: Plan) -> list[tuple[str, list[str], list[list[str]]]]:
     each = " a device" if value.devices > 1 else ""
     return [
         (title, ["stage", "runs", f"TFLOP{each}", f"memory moved{each}", "to disk", "time"], stages),
-        (f"Memory at the peak of each stage{each}, GiB", ["stage", *names, "total"], memory),
+        (f"Memory at the peak of each stage{each}, GiB", ["", *(m.stage for m in value.memory)], memory),
         ("What is kept where", ["", "where", "size", "until"], places),
         ("Why", [""], [[reason] for reason in value.reasons]),
         ("Assumptions", [""], [[assumption] for assumption in value.assumptions]),

@@ -10,14 +10,13 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -114,43 +113,55 @@ class _Meter(TorchDispatchMode):
 
 
 class _Outline(Head):
-    """Runs a model without values up to its loss rows.
+    """Runs a model without values up to its loss rows, hidden states if `projects`, else logits."""
 
-    Attributes:
-        rows_seen: shape of the rows.
-        projects: whether they are hidden states.
-    """
-
-    def __init__(self, model: nn.Module, kind: str, projects: bool, mode: FakeTensorMode, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, kind: str, projects: bool, device: torch.device) -> None:
         self._model, self._autocast, self._device = model, kind, device
         self._takes = set(inspect.signature(model.forward).parameters)
         body = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
         self._body = body if projects and isinstance(body, nn.Module) else None
         self.projects = self._body is not None
         self.weight = self.bias = None
-        self.runs = self._body if self._body is not None else model
-        self.values = _values(self.runs, device)
+
+    def logits(self, batch: Batch) -> Any:
+        """As the model itself returns them."""
+        with torch.no_grad(), autocast(self._autocast, self._device):
+            return self._model(**self._inputs(batch)).logits
 
     def rows(self, batch: Batch) -> Tensor:
         with autocast(self._autocast, self._device):
-            output = functional_call(self.runs, self.values, (), self._inputs(batch))
-            whole = output.last_hidden_state if self._body is not None else output.logits
+            if self._body is not None:
+                whole = self._body(**self._inputs(batch)).last_hidden_state
+            else:
+                whole = self._model(**self._inputs(batch)).logits
         # The last token of a sequence carries no loss.
         index = torch.arange(max(1, whole.shape[0] * (whole.shape[1] - 1)), device=self._device)
         picked: Tensor = whole.flatten(0, 1).index_select(0, index)
         return picked
 
 
-def _values(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Tensors like the parameters and buffers of a module, without values; tied ones are one tensor."""
+@contextmanager
+def _without_values(model: nn.Module, device: torch.device) -> Iterator[list[Tensor]]:
+    """Within this block parameters and buffers are tensors like them without values, which are yielded; then as before.
+
+    They stay in place between forward and backward, since a checkpointed block is run again in the latter.
+    """
     made: dict[int, Tensor] = {}
-    found: dict[str, Tensor] = {}
-    for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
-        for name, value in named:
-            if id(value) not in made:
-                made[id(value)] = torch.empty(value.shape, dtype=value.dtype, device=device)
-            found[name] = made[id(value)]
-    return found
+    before: list[tuple[Any, str, Any]] = []
+    for module in model.modules():
+        for values in (module._parameters, module._buffers):
+            for name, value in values.items():
+                if value is not None:
+                    before.append((values, name, value))
+                    if id(value) not in made:
+                        made[id(value)] = torch.empty(value.shape, dtype=value.dtype, device=device)
+    try:
+        for values, name, value in before:
+            values[name] = made[id(value)]
+        yield list(made.values())
+    finally:
+        for values, name, value in before:
+            values[name] = value
 
 
 @contextmanager
@@ -165,7 +176,7 @@ def _data_decides() -> Iterator[None]:
         ) from error
 
 
-def _projects(model: nn.Module, layers: Sequence[Layer], kind: str, batch: Batch, mode: FakeTensorMode) -> bool:
+def _projects(model: nn.Module, layers: Sequence[Layer], kind: str, batch: Batch) -> bool:
     """Whether logits are the output projection's own output, not capped, scaled or joined by others."""
     projection = output_head(model)
     if type(projection) is not nn.Linear or any(projection in layer.modules for layer in layers):
@@ -173,9 +184,7 @@ def _projects(model: nn.Module, layers: Sequence[Layer], kind: str, batch: Batch
     outputs: list[Any] = []
     handle = projection.register_forward_hook(lambda _m, _a, output: outputs.append(output))
     try:
-        whole = _Outline(model, kind, False, mode, batch.input_ids.device)
-        with torch.no_grad(), autocast(kind, batch.input_ids.device):
-            logits = functional_call(model, whole.values, (), whole._inputs(batch)).logits
+        logits = _Outline(model, kind, False, batch.input_ids.device).logits(batch)
     finally:
         handle.remove()
     return any(output is logits for output in outputs)
@@ -202,14 +211,19 @@ def simulate(
         UnsupportedLayerError: a layer cannot be handled, or what the model does depends on its data.
     """
     device = torch.device("cpu")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, _data_decides(), deterministic_mode(model), frozen(model), graph_from_embeddings(model):
+    with ExitStack() as stack:
+        stack.enter_context(_data_decides())
+        # Constants that modules keep outside parameters and buffers have values.
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        values = stack.enter_context(_without_values(model, device))
+        for context in (deterministic_mode(model), frozen(model), graph_from_embeddings(model)):
+            stack.enter_context(context)
         batch = _batch(size, tokens, device)
         short = _batch(1, min(tokens, 16), device)
-        head = _Outline(model, kind, _projects(model, layers, kind, short, mode), mode, device)
+        head = _Outline(model, kind, _projects(model, layers, kind, short), device)
         traced = trace(head, layers, short)
-        bare = _run(head, [], batch, samples)
-        held = _run(head, traced, batch, samples)
+        bare = _run(head, values, [], batch, samples)
+        held = _run(head, values, traced, batch, samples)
     if not (rows := held.rows)[0]:
         raise ValueError(f"tokens is {tokens}; a sequence must have two at least")
     return traced, Footprint(
@@ -231,8 +245,8 @@ class _Run:
     alive: dict[str, int]
 
 
-def _run(head: _Outline, layers: Sequence[Layer], batch: Batch, samples: int) -> _Run:
-    meter = _Meter(list(head.values.values()))
+def _run(head: _Outline, values: Sequence[Tensor], layers: Sequence[Layer], batch: Batch, samples: int) -> _Run:
+    meter = _Meter(values)
     held: dict[str, int] = {}
     alive: dict[str, int] = {}
 
