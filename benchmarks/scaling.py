@@ -81,7 +81,7 @@ def row(plan: Plan) -> str:
     if not plan.fits:
         cells = ["–"] * (len(names) + 2)
         need = f"does not fit: {plan.peak_bytes / 2**30:,.0f} GiB"
-        return f"| {kind}, {plan.devices} × H100 | {need} | {' | '.join(cells[1:])} |"
+        return f"| {kind}, {plan.devices} × H100 | {need} | {' | '.join(cells)} |"
     values = [_seconds(plan.stage(name).seconds) if plan.stage(name).runs else "–" for name in names]
     cells = [str(plan.passes), *values, f"**{_seconds(plan.seconds)}**"]
     return f"| {kind}, {plan.devices} × H100 | {plan.peak_bytes / 2**30:.0f} GiB | {' | '.join(cells)} |"
