@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import batch, hand_made, tiny
+from pages import run_examples
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 from typer.testing import CliRunner
@@ -449,6 +450,10 @@ def test_rates_of_eigh_give_the_published_times() -> None:
 
 
 # ---- the page
+
+
+def test_examples_of_the_page_run() -> None:
+    assert run_examples("scaling.md")["values"]["device"] == "H100"
 
 
 @pytest.mark.slow
