@@ -13,6 +13,7 @@ from .packed import PackedSymmetric
 from .precision import bf16_pair
 from .rotation import rotate
 from .sampled_cross_entropy import CrossEntropy, counter_bits, counter_uniform, gumbel_noise, sampled_cross_entropy
+from .sketch import sketch_
 from .syrk import syrk_
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "operations",
     "rotate",
     "sampled_cross_entropy",
+    "sketch_",
     "syrk_",
 ]

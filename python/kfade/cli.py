@@ -241,6 +241,15 @@ _Temperature = Annotated[
         "--temperature", help="Divide logits by this before the softmax of the Fisher.", rich_help_panel=_CURVATURE
     ),
 ]
+_Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        help="Keep so many eigenpairs of each factor, found by a sketch, and the mean of the rest.",
+        show_default="all",
+        rich_help_panel=_CURVATURE,
+    ),
+]
 
 _CheckpointSeconds = Annotated[
     float,
@@ -535,6 +544,7 @@ def fit(
     device_memory: _DeviceMemory = _FIT.device_memory,
     autocast: _Autocast = _FIT.autocast,
     temperature: _Temperature = _FIT.temperature,
+    rank: _Rank = _FIT.rank,
     checkpoint_seconds: _CheckpointSeconds = _FIT.checkpoint_seconds,
     chat: _Chat = None,
     batch_size: _BatchSize = 8,
@@ -671,6 +681,7 @@ def unlearn(
     device_memory: _DeviceMemory = _UNLEARN.fit.device_memory,
     autocast: _Autocast = _UNLEARN.fit.autocast,
     temperature: _Temperature = _UNLEARN.fit.temperature,
+    rank: _Rank = _UNLEARN.fit.rank,
     checkpoint_seconds: _CheckpointSeconds = _UNLEARN.fit.checkpoint_seconds,
     damping: _Damping = _UNLEARN.damping,
     damping_kind: _DampingKind = _UNLEARN.damping_kind,

@@ -63,6 +63,8 @@ class FitConfig:
         autocast: `off`, `bfloat16` or `float16`: run the model under autocast.
         temperature: T, by which logits are divided before the softmax whose Fisher is taken. Beyond 1 it sees
             directions that a model has become sure in, where its own Fisher is nearly 0 and grows as soon as it moves.
+        rank: k: of each factor keep the k largest eigenpairs, found by a sketch, and the mean of the rest; a factor of
+            order k or less is kept whole. None keeps all whole. Only with `kfac` and `ekfac`.
         checkpoint_seconds: a fit that has a directory saves the sums of the pass it is in after each so many seconds,
             or less often where saving would take more than 2 % of the time.
     """
@@ -76,6 +78,7 @@ class FitConfig:
     device_memory: float | None = None
     autocast: str = "off"
     temperature: float = 1.0
+    rank: int | None = None
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -93,6 +96,10 @@ class FitConfig:
         if self.device_memory is not None:
             _number("device_memory", self.device_memory, above=0.0)
         _number("temperature", self.temperature, above=0.0)
+        if self.rank is not None:
+            _integer("rank", self.rank, 1)
+            if self.curvature not in ("kfac", "ekfac"):
+                raise ValueError(f"rank is {self.rank}; {self.curvature} has no factors: it must be None")
         _number("checkpoint_seconds", self.checkpoint_seconds, minimum=0.0)
 
 

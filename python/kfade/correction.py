@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from kfade_kernels import bf16_pair, eigenvalue_correction_, rotate
+from kfade_kernels import bf16_pair, eigenvalue_correction_, low_rank, rotate
 from kfade_kernels.rotation import rotates_tokens
 from torch import Tensor
 
@@ -32,11 +32,15 @@ class CorrectionCollector:
         self._members = {layer.name: sum(m.group == layer.name for m in layers) for layer in layers}
         self._outputs = {g: sum(m.d_out for m in layers if m.group == g) for g in {m.group for m in layers}}
         self._rotated: dict[str, tuple[Tensor, int]] = {}
+        self._grams: dict[str, tuple[Tensor, Tensor | None, int]] = {}
         self._pairs: dict[tuple[str, str], Tensor] = {}
         self.finite = FiniteCheck(device)
         for state in states.values():
             if state.lambda_sum is None:
-                state.lambda_sum = torch.zeros(state.d_out, state.width_in, dtype=dtype, device=device)
+                sides = (state.d_out, state.width_in)
+                if state.low_rank:
+                    sides = low_rank.entries(state.output_eigenvectors()), low_rank.entries(state.input_eigenvectors())
+                state.lambda_sum = torch.zeros(*sides, dtype=dtype, device=device)
 
     def _basis(self, name: str, side: str, dtype: torch.dtype) -> Tensor | None:
         state = self._states[name]
@@ -62,6 +66,22 @@ class CorrectionCollector:
             self._rotated.pop(layer.group, None)
         return rotated
 
+    def _shared_gram(self, layer: Layer, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input of a group in its thin basis, and inner products of the rest where these are used; kept likewise."""
+        found = self._grams.pop(layer.group, None)
+        if found is None:
+            q = self._states[layer.group].input_eigenvectors()
+            a_top = rotate(a, q, ones_column=layer.has_bias)
+            cheaper = low_rank.grams_are_cheaper(a.shape[1], self._outputs[layer.group], q.shape[0])
+            gram = None
+            if q.shape[1] < q.shape[0] and cheaper:
+                gram = low_rank.gram(a, a_top, ones_column=layer.has_bias)
+            found = a_top, gram, self._members[layer.group]
+        a_top, gram, uses = found
+        if uses > 1:
+            self._grams[layer.group] = a_top, gram, uses - 1
+        return a_top, gram
+
     def __call__(self, layer: Layer, pairs: list[Pair], batch: Batch) -> None:
         state = self._states[layer.name]
         # Calls of one forward pass add up inside the square, so they are laid end to end as tokens.
@@ -74,6 +94,13 @@ class CorrectionCollector:
         self.finite.see(g, batch, f"the output gradient of {layer.name}")
         self.finite.see(a, batch, f"the input of {layer.name}")
         assert state.lambda_sum is not None
+        if state.low_rank:
+            a_top, gram = self._shared_gram(layer, a)
+            low_rank.correct_(
+                state.lambda_sum, g, a, state.output_eigenvectors(), state.input_eigenvectors(),
+                ones_column=layer.has_bias, rotated_in=a_top, gram_in=gram,
+            )  # fmt: skip
+            return
         q_in = self._basis(layer.group, "in", a.dtype)
         q_out = self._basis(layer.name, "out", g.dtype)
         ones = layer.has_bias
@@ -88,9 +115,11 @@ class CorrectionCollector:
             NonFiniteError: the batch holds a NaN or an infinity.
         """
         self._rotated.clear()
+        self._grams.clear()
         self.finite.raise_if_any()
 
     def clear(self) -> None:
         """Forget all that waits."""
         self._rotated.clear()
+        self._grams.clear()
         self.finite.clear()

@@ -4,6 +4,10 @@ For a layer with per-token inputs a and output gradients g the curvature is
 `F = (Q_S ⊗ Q_A) diag(Λ) (Q_S ⊗ Q_A)ᵀ`, where Q_A and Q_S are the eigenvectors of the input factor
 `A = A_sum / P` and the output factor `S = S_sum / T`. K-FAC has `Λ = λ_S λ_Aᵀ`, EK-FAC measures Λ,
 the diagonal approximation measures it in the parameters' own basis, and identity has `Λ = 1`.
+
+With a rank k a factor of higher order has a *thin* basis Q `[n, k]` of its largest eigenpairs, and all directions
+beside them share the mean of the rest: see `kfade_kernels.low_rank`. Λ is then a block, its last row or column for
+that tail.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from kfade_kernels import PackedSymmetric, kron_solve
+from kfade_kernels import PackedSymmetric, kron_solve, low_rank
 from kfade_kernels.precision import float32_products
 from torch import Tensor
 
@@ -34,6 +38,21 @@ def _check_damping(value: float) -> None:
 
 
 @dataclass
+class Sketch:
+    """What one pass keeps of a factor of which only the largest eigenpairs are wanted.
+
+    Attributes:
+        omega: test vectors Ω `[n, l]`; layers of one width share them.
+        y: `Σ a aᵀ Ω`, `[n, l]`.
+        trace: `Σ ‖a‖²`, float64.
+    """
+
+    omega: Tensor
+    y: Tensor
+    trace: Tensor
+
+
+@dataclass
 class LayerCurvature:
     """Curvature of one weight matrix.
 
@@ -46,11 +65,15 @@ class LayerCurvature:
         group: name of the layer whose input factor this one shares.
         positions: P, the rows summed in A_sum; no whole number where older sums were weighted down.
         losses: T, the loss positions behind S_sum and Λ_sum, times the label samples; weighted like P.
-        a_sum: `Σ a aᵀ`, packed, of order d_in (+ 1); the same object for all layers of a group.
-        s_sum: `Σ g gᵀ`, packed, of order d_out.
-        q_in, lambda_in: eigenvectors in columns and ascending eigenvalues of A.
+        a_sum: `Σ a aᵀ`, packed, of order d_in (+ 1); the same object for all layers of a group. None where the basis
+            is thin.
+        s_sum: `Σ g gᵀ`, packed, of order d_out; likewise.
+        q_in, lambda_in: eigenvectors in columns and ascending eigenvalues of A. A thin basis has k columns, and its
+            eigenvalues are followed by the mean of the others.
         q_out, lambda_out: the same of S.
-        lambda_sum: `Σ_n (Q_Sᵀ G_n Q_A)∘²`, `[d_out, d_in (+ 1)]`.
+        lambda_sum: `Σ_n (Q_Sᵀ G_n Q_A)∘²`, `[d_out, d_in (+ 1)]`; `[k (+ 1), …]` and `[…, k (+ 1)]` for thin bases, with
+            means in the tail.
+        a_sketch, s_sketch: of a factor that is to have a thin basis, until it has it.
     """
 
     name: str
@@ -68,6 +91,13 @@ class LayerCurvature:
     q_out: Tensor | None = field(default=None, repr=False)
     lambda_out: Tensor | None = field(default=None, repr=False)
     lambda_sum: Tensor | None = field(default=None, repr=False)
+    a_sketch: Sketch | None = field(default=None, repr=False)
+    s_sketch: Sketch | None = field(default=None, repr=False)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether a side has a thin basis."""
+        return any(q is not None and q.shape[1] < q.shape[0] for q in (self.q_in, self.q_out))
 
     @property
     def width_in(self) -> int:
@@ -75,7 +105,8 @@ class LayerCurvature:
 
     def _need(self, value: _State | None, what: str) -> _State:
         if value is None:
-            raise ValueError(f"layer {self.name} has no {what}: the curvature was fitted without")
+            why = "it was fitted with a rank" if self.low_rank else "the curvature was fitted without"
+            raise ValueError(f"layer {self.name} has no {what}: {why}")
         return value
 
     def input_factor(self) -> Tensor:
@@ -87,23 +118,33 @@ class LayerCurvature:
         return self._need(self.s_sum, "output factor").to_dense() / max(1, self.losses)
 
     def input_eigenvectors(self) -> Tensor:
-        """`Q_A`, eigenvectors in columns."""
+        """`Q_A`, eigenvectors in columns; `[d_in (+ 1), k]` with a rank."""
         return self._need(self.q_in, "input eigenvectors")
 
     def output_eigenvectors(self) -> Tensor:
-        """`Q_S`, eigenvectors in columns."""
+        """`Q_S`, eigenvectors in columns; `[d_out, k]` with a rank."""
         return self._need(self.q_out, "output eigenvectors")
 
     def eigenvalues(self) -> Tensor:
-        """`Λ [d_out, d_in (+ 1)]`."""
+        """`Λ [d_out, d_in (+ 1)]`; with a rank a block, whose entries count as often as `multiplicities` says."""
         if self.lambda_sum is not None:
             return self.lambda_sum / max(1, self.losses)
         if self.lambda_out is not None and self.lambda_in is not None:
             return torch.outer(self.lambda_out, self.lambda_in)
         return torch.ones(self.d_out, self.width_in)
 
+    def multiplicities(self) -> Tensor:
+        """How many directions each entry of `eigenvalues` stands for: float64, ones without a rank."""
+        values = self.eigenvalues()
+        if not self.low_rank:
+            return torch.ones_like(values, dtype=torch.float64)
+        sides = (low_rank.multiplicities(q) for q in (self.output_eigenvectors(), self.input_eigenvectors()))
+        return torch.outer(*sides).to(values.device)
+
     def mean_eigenvalue(self) -> float:
         """Mean of Λ: the unit of relative damping."""
+        if self.low_rank:
+            return float((self.eigenvalues().double() * self.multiplicities()).sum()) / (self.d_out * self.width_in)
         if self.lambda_sum is not None:
             return float(self.lambda_sum.mean(dtype=torch.float64)) / max(1, self.losses)
         if self.lambda_out is not None and self.lambda_in is not None:
@@ -129,6 +170,9 @@ class LayerCurvature:
 
     def product(self, left: Tensor, right: Tensor) -> float:
         """`leftᵀ F right` for two matrices `[d_out, d_in (+ 1)]`."""
+        if self.low_rank:
+            image = low_rank.apply(right, self.output_eigenvectors(), self.input_eigenvectors(), self.eigenvalues())
+            return float((left.to(image.dtype) * image).sum(dtype=torch.float64))
         if self.q_out is not None and self.q_in is not None:
             with float32_products():
                 left, right = (self.q_out.T @ m.to(self.q_out.dtype) @ self.q_in for m in (left, right))
@@ -160,7 +204,10 @@ def _solve(layers: Sequence[LayerCurvature], matrices: Sequence[Tensor], damping
     solved: list[Tensor | None] = [None] * len(layers)
     rotated = []
     for i, (layer, matrix, damping) in enumerate(zip(layers, matrices, dampings, strict=True)):
-        if layer.q_out is not None and layer.q_in is not None:
+        if layer.low_rank:
+            scale = (layer.eigenvalues() + damping).reciprocal_()
+            solved[i] = low_rank.apply(matrix, layer.output_eigenvectors(), layer.input_eigenvectors(), scale)
+        elif layer.q_out is not None and layer.q_in is not None:
             rotated.append(i)
         elif layer.lambda_sum is None:
             solved[i] = matrix / (1 + damping)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from kfade_kernels import PackedSymmetric
+from kfade_kernels import PackedSymmetric, low_rank
 from kfade_kernels.precision import float32_products
 from torch import Tensor
 
+from .curvature import Sketch
 from .errors import NonFiniteError
 
 # Residual ‖(AQ − QΛ)z‖ / ‖A‖‖z‖ and ‖(QᵀQ − I)z‖ / ‖z‖ of random z, in units of the dtype's rounding, beyond
@@ -54,3 +55,18 @@ def decompose(total: PackedSymmetric, count: float) -> tuple[Tensor, Tensor]:
     except torch.linalg.LinAlgError as error:
         raise RuntimeError(f"eigh of a factor of order {total.n} failed in float64 too: {error}") from error
     return values.clamp_(min=0).to(dense.dtype), vectors.to(dense.dtype).contiguous()
+
+
+def decompose_sketch(sketch: Sketch, count: float, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenpairs of `total / count`, of which there is a sketch.
+
+    Returns:
+        Eigenvalues `[k + 1]`, ascending, and last the mean of the others; and eigenvectors `[n, k]` in columns.
+
+    Raises:
+        NonFiniteError: the sketch holds a NaN or an infinity.
+    """
+    if not bool(torch.isfinite(sketch.y).all() and torch.isfinite(sketch.trace)):
+        raise NonFiniteError(f"a factor of order {sketch.y.shape[0]} has a NaN or infinite entry: its sum overflowed")
+    values, vectors = low_rank.nystrom(sketch.y, sketch.omega, float(sketch.trace), rank)
+    return values / max(1, count), vectors

@@ -1,20 +1,23 @@
-"""First stage: the Kronecker factors `A_sum = Σ a aᵀ` and `S_sum = Σ g gᵀ` of every layer."""
+"""First stage: the Kronecker factors `A_sum = Σ a aᵀ` and `S_sum = Σ g gᵀ` of every layer, or sketches of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import torch
-from kfade_kernels import PackedSymmetric, accumulate_factors_
+from kfade_kernels import PackedSymmetric, accumulate_factors_, low_rank, sketch_
 from torch import Tensor
 
 from .capture import Pair
-from .curvature import LayerCurvature
+from .curvature import LayerCurvature, Sketch
 from .layers import Layer
 from .loss import Batch, FiniteCheck
 
 # Operands that wait for a common launch keep at most so many bytes, and those of one more layer, from being freed.
 WAITING_BYTES = 512 << 20
+# Test vectors beyond the rank, without which the last eigenpairs are poor; and the seed of all, which changes little.
+OVERSAMPLING = 10
+SKETCH_SEED = 0
 
 
 def gains_from_grouping(device: torch.device) -> bool:
@@ -32,6 +35,7 @@ class _Operands:
 
     Attributes:
         mask: `[B, T]`, False at padding; None where no row is.
+        sketches: with the rows of each, and whether they stand for themselves with a column of ones.
         nbytes: of the operands.
     """
 
@@ -41,6 +45,7 @@ class _Operands:
     a: list[Tensor] = field(default_factory=list)
     g: list[Tensor] = field(default_factory=list)
     ones: list[bool] = field(default_factory=list)
+    sketches: list[tuple[Sketch, Tensor, bool]] = field(default_factory=list)
     nbytes: int = 0
 
 
@@ -51,24 +56,38 @@ class FactorCollector:
         states: the layers' states, by name; sums that they have are added to.
         dtype: of the accumulators.
         device: of the accumulators and of the model.
+        rank: k: factors of an order beyond are sketched for their k largest eigenpairs; None sums all whole.
 
     Attributes:
         first_sample: the pairs belong to the first label sample of their batch; inputs are added for it alone.
         finite: what looks for NaN and infinities.
     """
 
-    def __init__(self, states: dict[str, LayerCurvature], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, states: dict[str, LayerCurvature], dtype: torch.dtype, device: torch.device, rank: int | None = None
+    ) -> None:
         self._states = states
         self._grouped = gains_from_grouping(device)
         self._waiting = _Operands()
         self.finite = FiniteCheck(device)
         self.first_sample = True
+        omegas: dict[int, Tensor] = {}
+
+        def room(n: int) -> tuple[PackedSymmetric | None, Sketch | None]:
+            if rank is None or n <= rank:
+                return PackedSymmetric(n, dtype=dtype, device=device), None
+            if n not in omegas:
+                vectors = low_rank.random_basis(n, min(n, rank + OVERSAMPLING), SKETCH_SEED)
+                omegas[n] = vectors.to(device, dtype)
+            trace = torch.zeros((), dtype=torch.float64, device=device)
+            return None, Sketch(omegas[n], torch.zeros_like(omegas[n]), trace)
+
         for state in states.values():
             if state.s_sum is None:
-                state.s_sum = PackedSymmetric(state.d_out, dtype=dtype, device=device)
+                state.s_sum, state.s_sketch = room(state.d_out)
         for state in states.values():
             if state.group == state.name and state.a_sum is None:
-                state.a_sum = PackedSymmetric(state.width_in, dtype=dtype, device=device)
+                state.a_sum, state.a_sketch = room(state.width_in)
 
     @property
     def waiting_bytes(self) -> int:
@@ -77,7 +96,6 @@ class FactorCollector:
 
     def __call__(self, layer: Layer, pairs: list[Pair], batch: Batch) -> None:
         state = self._states[layer.name]
-        assert state.s_sum is not None
         # Dropping rows needs their number on the host, which waits for a GPU; a mask does not.
         mask = batch.attention if self._grouped and batch.padded else None
         for pair in pairs:
@@ -89,15 +107,22 @@ class FactorCollector:
             # Nothing is put down before both are seen to be finite.
             waiting = self._waiting
             waiting.mask = mask
-            waiting.acc_s.append(state.s_sum)
-            waiting.g.append(g)
+            if state.s_sketch is not None:
+                waiting.sketches.append((state.s_sketch, g, False))
+            else:
+                assert state.s_sum is not None
+                waiting.acc_s.append(state.s_sum)
+                waiting.g.append(g)
             waiting.nbytes += g.nbytes
             if a is not None:
-                assert state.a_sum is not None
                 a = a.to(pair.dtype)
-                waiting.acc_a.append(state.a_sum)
-                waiting.a.append(a)
-                waiting.ones.append(layer.has_bias)
+                if state.a_sketch is not None:
+                    waiting.sketches.append((state.a_sketch, a, layer.has_bias))
+                else:
+                    assert state.a_sum is not None
+                    waiting.acc_a.append(state.a_sum)
+                    waiting.a.append(a)
+                    waiting.ones.append(layer.has_bias)
                 waiting.nbytes += a.nbytes
                 state.positions += batch.tokens
             if not self._grouped or waiting.nbytes > WAITING_BYTES:
@@ -108,7 +133,9 @@ class FactorCollector:
 
     def _launch(self) -> None:
         waiting, self._waiting = self._waiting, _Operands()
-        if waiting.g:
+        for sketch, rows, ones in waiting.sketches:
+            sketch_(sketch.y, sketch.trace, rows, sketch.omega, waiting.mask, ones_column=ones)
+        if waiting.g or waiting.a:
             accumulate_factors_(
                 waiting.acc_a, waiting.acc_s, waiting.a, waiting.g, waiting.mask, ones_column=waiting.ones
             )

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from kfade_kernels import PackedSymmetric
 from torch import Tensor, nn
 
 from .capture import Capture, Pair, deterministic_mode, frozen, graph_from_embeddings, trace
 from .config import FitConfig
 from .correction import CorrectionCollector
-from .curvature import Curvature, LayerCurvature
-from .decomposition import decompose
+from .curvature import Curvature, LayerCurvature, Sketch
+from .decomposition import decompose, decompose_sketch
 from .factors import FactorCollector
 from .layers import Layer, in_passes, select
 from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch
@@ -153,23 +154,36 @@ def collect_factors(
 
 
 def decompose_states(
-    states: Mapping[str, LayerCurvature], done: Callable[[str, str], None] = lambda name, stage: None
+    states: Mapping[str, LayerCurvature],
+    done: Callable[[str, str], None] = lambda name, stage: None,
+    rank: int | None = None,
 ) -> None:
     """Eigenvectors and eigenvalues of the factors of states, where they have none yet.
 
-    `done(name, stage)` is called after each factor, with the stage that it is of its layer.
+    `done(name, stage)` is called after each factor, with the stage that it is of its layer. Sketches, of which `rank`
+    eigenpairs are taken, are freed on the way.
     """
     for state in states.values():
         leader = states[state.group]
         if leader.q_in is None:
-            assert leader.a_sum is not None
-            leader.lambda_in, leader.q_in = decompose(leader.a_sum, leader.positions)
+            leader.lambda_in, leader.q_in = _decompose(leader.a_sum, leader.a_sketch, leader.positions, rank)
+            leader.a_sketch = None
             done(leader.name, "input_decomposition")
         state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
         if state.q_out is None:
-            assert state.s_sum is not None
-            state.lambda_out, state.q_out = decompose(state.s_sum, state.losses)
+            state.lambda_out, state.q_out = _decompose(state.s_sum, state.s_sketch, state.losses, rank)
+            state.s_sketch = None
             done(state.name, "decomposition")
+
+
+def _decompose(
+    total: PackedSymmetric | None, sketch: Sketch | None, count: float, rank: int | None
+) -> tuple[Tensor, Tensor]:
+    if sketch is not None:
+        assert rank is not None
+        return decompose_sketch(sketch, count, rank)
+    assert total is not None
+    return decompose(total, count)
 
 
 def _fit_layers(
@@ -195,7 +209,7 @@ def _fit_layers(
             part = {layer.name: states[layer.name] for layer in todo}
             rest = store.resume(part, FACTORS, batches)
             with progress.stage(f"factors A, S{suffix}", sum(batch.tokens for batch in rest)) as stage:
-                factors = FactorCollector(part, dtype, device)
+                factors = FactorCollector(part, dtype, device, config.rank)
                 collect_factors(head, todo, store.watch(rest), config, factors, stage.advance)
             store.put(part, FACTORS)
         if not decomposes:
@@ -210,7 +224,7 @@ def _fit_layers(
                     stage.advance(1)
                     store.put({name: states[name]}, [which])
 
-                decompose_states(states, decomposed)
+                decompose_states(states, decomposed, config.rank)
                 store.release(states, FACTORS)
 
     if config.curvature in ("diagonal", "ekfac"):
@@ -310,6 +324,8 @@ def fit_factors(
     """
     if config.curvature != "kfac":
         raise ValueError(f"config.curvature is {config.curvature!r}; it must be 'kfac'")
+    if config.rank is not None:
+        raise ValueError(f"config.rank is {config.rank}; whole factors are asked for: it must be None")
     return _fit_states(model, batches, config, progress, decomposes=False)
 
 

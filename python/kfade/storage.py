@@ -37,6 +37,8 @@ CONVENTIONS = {
     "a_sum": "sum of a aT over positions that are not padding; A = a_sum / positions",
     "s_sum": "sum of g gT over loss positions, g of the summed loss; S = s_sum / losses",
     "lambda_sum": "sum over sequences of the squared rotated gradient; eigenvalues = lambda_sum / losses",
+    "rank": "with config.rank, of a factor of order beyond it q has k columns, lambda_in and lambda_out end in the mean"
+    " of the other eigenvalues, and the last row or column of lambda_sum is the mean over these directions",
     "packing": "block rows of 128 of the lower triangle, row-major; above the diagonal undefined",
 }
 # What a stage leaves in a state; the shared stages only in that of the layer which leads an input group.
@@ -203,17 +205,21 @@ def required_stages(curvature: str) -> list[str]:
     return [stage for stage, names in STAGES.items() if set(names) & set(_REQUIRED[curvature])]
 
 
-def shapes_of(state: LayerCurvature) -> dict[str, list[int]]:
-    """The shape of each tensor of a state, as it is stored."""
+def shapes_of(state: LayerCurvature, rank: int | None = None) -> dict[str, list[int]]:
+    """The shape of each tensor of a state, as it is stored; a side with a thin basis has no packed factor."""
     out, width = state.d_out, state.width_in
-    shapes = {"q_in": [width, width], "lambda_in": [width], "q_out": [out, out], "lambda_out": [out]}
-    packed = {name: [packed_elements(order)] for name, order in _orders(state).items()}
-    return {**shapes, **packed, "lambda_sum": [out, width]}
+    # Of each side the columns of its basis, and its entries in Λ.
+    sides = {n: (n, n) if rank is None or n <= rank else (rank, rank + 1) for n in (width, out)}
+    shapes = {"q_in": [width, sides[width][0]], "lambda_in": [sides[width][1]]}
+    shapes |= {"q_out": [out, sides[out][0]], "lambda_out": [sides[out][1]]}
+    packed = {name: [packed_elements(order)] for name, order in _orders(state, rank).items()}
+    return {**shapes, **packed, "lambda_sum": [sides[out][1], sides[width][1]]}
 
 
-def _orders(state: LayerCurvature) -> dict[str, int]:
+def _orders(state: LayerCurvature, rank: int | None) -> dict[str, int]:
     """The order of each packed matrix of a state."""
-    return {"a_sum": state.width_in, "s_sum": state.d_out}
+    orders = {"a_sum": state.width_in, "s_sum": state.d_out}
+    return {name: n for name, n in orders.items() if rank is None or n <= rank}
 
 
 def stage_tensors(state: LayerCurvature, stage: str) -> dict[str, Tensor]:
@@ -284,9 +290,9 @@ def _check_model(model: nn.Module, states: Mapping[str, LayerCurvature], directo
         raise StorageError(f"{directory} belongs to another model: {'; '.join(wrong[:8])}")
 
 
-def set_tensor(state: LayerCurvature, key: str, value: Tensor, path: Path) -> None:
-    """Store one tensor of a file, if it is one of a state's and has its shape."""
-    shape, orders = shapes_of(state).get(key), _orders(state)
+def set_tensor(state: LayerCurvature, key: str, value: Tensor, path: Path, rank: int | None = None) -> None:
+    """Store one tensor of a file, if it is one of a state's and has its shape, with this rank."""
+    shape, orders = shapes_of(state, rank).get(key), _orders(state, rank)
     if list(value.shape) != shape:
         raise StorageError(f"{path} has {key} of shape {list(value.shape)}; {state.name} takes {shape}")
     setattr(state, key, PackedSymmetric.from_packed(value, orders[key]) if key in orders else value)
@@ -304,11 +310,18 @@ def read_checked(directory: Path, name: str, digest: str) -> dict[str, Tensor]:
     return read_tensors(path)
 
 
-def read_stage(state: LayerCurvature, directory: Path, name: str, digest: str, device: torch.device | None) -> None:
+def read_stage(
+    state: LayerCurvature,
+    directory: Path,
+    name: str,
+    digest: str,
+    device: torch.device | None,
+    rank: int | None = None,
+) -> None:
     """Put what a file holds into its layer's state: mapped from the disk, or copied to `device`."""
     for key, value in read_checked(directory, name, digest).items():
         # A copy lies in memory as a computed tensor does, so that products with it have the same bits.
-        set_tensor(state, key, value if device is None else value.to(device, copy=True), directory / name)
+        set_tensor(state, key, value if device is None else value.to(device, copy=True), directory / name, rank)
 
 
 def share_in_groups(states: Mapping[str, LayerCurvature]) -> None:
@@ -367,10 +380,11 @@ def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature
     if model is not None:
         _check_model(model, states, directory)
     for name, (state, digest) in owners.items():
-        read_stage(state, directory, name, digest, None)
+        read_stage(state, directory, name, digest, None, config.rank)
     share_in_groups(states)
     for name, state in states.items():
-        missing = [key for key in _REQUIRED[config.curvature] if getattr(state, key) is None]
+        fields = shapes_of(state, config.rank)
+        missing = [key for key in _REQUIRED[config.curvature] if key in fields and getattr(state, key) is None]
         if missing:
             raise StorageError(
                 f"{directory}: {', '.join(missing)} of {name} is missing, and {config.curvature} needs it"
