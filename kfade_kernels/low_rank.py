@@ -200,26 +200,24 @@ def apply(v: Tensor, q_out: Tensor, q_in: Tensor, scale: Tensor) -> Tensor:
     Returns:
         In the shape of v and the dtype of the bases.
 
-    Cost: `2·d_out·d_in·(3·k_out + 2·k_in)` FLOPs and smaller terms; none is quadratic in d_out or d_in.
+    Cost: `6·d_out·d_in·(k_out + k_in)` FLOPs and smaller terms; none is quadratic in d_out or d_in.
     """
     k_out, k_in = q_out.shape[1], q_in.shape[1]
-    tail_out, tail_in = k_out < q_out.shape[0], k_in < q_in.shape[0]
 
+    # The tail's entry may be 10⁵ times the others. So the top is first taken off and then scaled: scaled with the
+    # tail and corrected afterwards (a third fewer FLOPs) float32 would leave 10⁻² of it where nothing may move.
     def by_columns(part: Tensor, factors: Tensor) -> Tensor:
         """Rows `[..., r, d_in]`, scaled by `factors [r or 1, k_in (+ 1)]` in the input basis."""
         top = part @ q_in
-        if not tail_in:
-            return (top * factors) @ q_in.mT
-        # First take off, then scale: the tail's factor may be far larger than the others.
-        rest = part - top @ q_in.mT
-        rest = rest - (rest @ q_in) @ q_in.mT
-        return rest.mul_(factors[:, -1:]).add_((top * factors[:, :-1]) @ q_in.mT)
+        scaled = (top * factors[:, :k_in]) @ q_in.mT
+        if k_in == q_in.shape[0]:
+            return scaled
+        return (part - top @ q_in.mT).mul_(factors[:, k_in:]).add_(scaled)
 
     with float32_products():
         v = v.to(q_out.dtype)
         top = q_out.mT @ v
-        if not tail_out:
-            return q_out @ by_columns(top, scale)
-        rest = v - q_out @ top
-        rest = rest - q_out @ (q_out.mT @ rest)
-        return by_columns(rest, scale[k_out:]).add_(q_out @ by_columns(top, scale[:k_out]))
+        scaled = q_out @ by_columns(top, scale[:k_out])
+        if k_out == q_out.shape[0]:
+            return scaled
+        return by_columns(v - q_out @ top, scale[k_out:]).add_(scaled)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from kfade_kernels import kron_solve
+from kfade_kernels import kron_solve, low_rank
 from kfade_kernels.kron_solve.pytorch import solve_rotated
 from kfade_kernels.precision import float32_products
 from safetensors import SafetensorError
@@ -188,7 +188,7 @@ def to_rank(matrix: Tensor, rank: int) -> Rows:
 
 def _eigen(state: LayerCurvature, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`Q_out`, `Q_in` and Λ on a device; of Λ = λ_out λ_inᵀ the two vectors, else Λ and None."""
-    if state.lambda_sum is None and state.lambda_out is not None:
+    if state.lambda_sum is None and state.lambda_out is not None and not state.low_rank:
         values, values_in = state.lambda_out, state.lambda_in
     else:
         values, values_in = state.eigenvalues(), None
@@ -210,6 +210,13 @@ def solve_rows(state: LayerCurvature, rows: Sequence[Rows], damping: float) -> l
     Returns:
         The solutions, `[d_out, d_in (+ 1)]`.
     """
+    if state.low_rank:
+        device = rows[0][0].device
+        q_out, q_in, values, _ = _eigen(state, device)
+        scale = (values + damping).reciprocal_()
+        with float32_products():
+            gradients = [g.to(q_out.dtype).T @ a.to(q_out.dtype) for g, a in rows]
+        return [low_rank.apply(gradient, q_out, q_in, scale) for gradient in gradients]
     if state.q_out is None:
         scale = state.eigenvalues().to(rows[0][0]) + damping
         with float32_products():
@@ -224,9 +231,10 @@ def solve_rows_to_rank(state: LayerCurvature, rows: Sequence[Rows], damping: flo
     """As `solve_rows`, each solution replaced by the nearest matrix of some rank: its factors, as of `to_rank`.
 
     A rotation moves no singular value, so it is found in the eigenbasis, and only its factors are rotated back:
-    `2·k·(d_out² + d_in²)` FLOPs in the place of the `2·d_out·d_in·(d_out + d_in)` of a whole solution.
+    `2·k·(d_out² + d_in²)` FLOPs in the place of the `2·d_out·d_in·(d_out + d_in)` of a whole solution. Thin bases do
+    not hold the whole solution, which is then formed.
     """
-    if state.q_out is None:
+    if state.q_out is None or state.low_rank:
         yield from (to_rank(solution, rank) for solution in solve_rows(state, rows, damping))
         return
     q_out, q_in, values, values_in = _eigen(state, rows[0][0].device)

@@ -227,6 +227,11 @@ class Laplace:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
         self._states = {state.name: state for state in checked_layers(curvature, layers)}
+        if curvature.config.rank is not None:
+            raise ValueError(
+                f"curvature was fitted with rank {curvature.config.rank}; variances need every direction: it must be"
+                " fitted with rank None"
+            )
         self.model, self.curvature, self.layers = model, curvature, list(self._states)
         if tokens is None:
             tokens = max(state.losses for state in self._states.values()) / curvature.config.samples

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from kfade_kernels import kron_solve
+from kfade_kernels import kron_solve, low_rank
 from kfade_kernels.arguments import finite
 from kfade_kernels.precision import float32_products
 from torch import Tensor
@@ -40,6 +40,11 @@ def _shapes(state: LayerCurvature) -> dict[str, torch.Size]:
     weight = (state.d_in, state.d_out) if state.transposed else (state.d_out, state.d_in)
     shapes = {f"{state.name}.weight": torch.Size(weight)}
     return {**shapes, f"{state.name}.bias": torch.Size([state.d_out])} if state.has_bias else shapes
+
+
+def _weighted(state: LayerCurvature, values: Tensor) -> float:
+    """The sum over all directions of what is given by eigenvalue."""
+    return float((values * state.multiplicities()).sum()) if state.low_rank else float(values.sum())
 
 
 def _matrices(state: LayerCurvature, rows: Tensor) -> Tensor:
@@ -160,12 +165,12 @@ class CurvatureOperator:
     # ---- numbers
 
     def _spectrum(self, state: LayerCurvature, damping: float) -> Tensor:
-        """`Λ + λ` of a layer in float64, `[d_out, d_in (+ 1)]`."""
+        """`Λ + λ` of a layer in float64, `[d_out, d_in (+ 1)]`, or a block with a rank."""
         return state.eigenvalues().double() + damping
 
     def _sum(self, function: Any) -> float:
         layers = zip(self._states, self._dampings, strict=True)
-        return sum(float(function(self._spectrum(state, damping)).sum()) for state, damping in layers)
+        return sum(_weighted(state, function(self._spectrum(state, damping))) for state, damping in layers)
 
     def trace(self) -> float:
         """The trace, summed in float64."""
@@ -215,7 +220,7 @@ class CurvatureOperator:
 
     def _apply(self, matrices: list[Tensor]) -> list[Tensor]:
         """The operator on matrices `[K, d_out, d_in (+ 1)]`, one a layer."""
-        if self._power >= 0 or self._states[0].q_out is None:
+        if self._power >= 0 or any(s.q_out is None or s.low_rank for s in self._states):
             return [self._scaled(i, x) for i, x in enumerate(matrices)]
         # A solve with (Λ + λ)^-power is this power, by the kernel that takes all layers at once.
         q_out, q_in = zip(*((s.output_eigenvectors(), s.input_eigenvectors()) for s in self._states), strict=True)
@@ -231,6 +236,8 @@ class CurvatureOperator:
         if state.q_out is None:
             return matrices * scale
         q_out, q_in = state.q_out, state.input_eigenvectors()
+        if state.low_rank:
+            return low_rank.apply(matrices, q_out, q_in, scale)
         with float32_products():
             product: Tensor = q_out @ (q_out.T @ matrices @ q_in).mul_(scale) @ q_in.T
         return product

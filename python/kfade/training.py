@@ -105,6 +105,8 @@ def check_tracking(config: FitConfig | None, every: int, decay: float) -> FitCon
             f"config.layers_per_pass is {config.layers_per_pass}; it must be None: running factors of all layers"
             " are kept anyway, so select fewer modules where memory is short"
         )
+    if config.rank is not None:
+        raise ValueError(f"config.rank is {config.rank}; it must be None: running factors are kept whole")
     _integer("every", every, 1)
     _number("decay", decay, minimum=0.0)
     if decay > 1:

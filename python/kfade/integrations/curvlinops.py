@@ -157,6 +157,10 @@ def set_factors_(operator: Any, curvature: Curvature, model: nn.Module) -> None:
         raise TypeError(f"curvature is a {type(curvature).__name__}; it must be a Curvature")
     if curvature.config.curvature not in ("kfac", "ekfac"):
         raise ValueError(f"curvature is {curvature.config.curvature!r}; it must be 'kfac' or 'ekfac' to have factors")
+    if curvature.config.rank is not None:
+        raise ValueError(
+            f"curvature was fitted with rank {curvature.config.rank}; it must be fitted with rank None to have factors"
+        )
     fisher, names = _fisher_of(operator), _layer_names(operator, model)
     if fisher != curvature.config.fisher:
         raise ValueError(
