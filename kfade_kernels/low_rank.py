@@ -37,7 +37,8 @@ def random_basis(n: int, columns: int, seed: int) -> Tensor:
     """Ω `[n, columns]`, orthonormal columns in random directions, float64: a function of its arguments alone."""
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(n, columns, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(gaussian).Q.contiguous()
+    basis: Tensor = torch.linalg.qr(gaussian).Q
+    return basis.contiguous()
 
 
 def nystrom(y: Tensor, omega: Tensor, trace: float, rank: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from . import cost
 from .accumulate_factors import accumulate_factors_
 from .apply_update import apply_update_
 from .configurations import Configuration, choose
-from .cost import Cost
+from .cost import Cost, Part
 from .devices import Device
 from .dispatch import KILL_SWITCH, Explanation, explain
 from .eigenvalue_correction import eigenvalue_correction_
@@ -31,6 +31,7 @@ from .precision import bf16_pair, float32_products
 from .rotation import rotate
 from .sampled_cross_entropy import sampled_cross_entropy
 from .sampled_cross_entropy.noise import vocabulary_noise
+from .sketch import sketch_
 from .syrk import syrk_
 from .timing import Work
 from .triton_support import ENABLE, triton_version
@@ -317,6 +318,35 @@ def outer_products(
         ),
         baselines={} if ones_column else {"mm + add_ in turn": plain, "syrk_ in turn": one_by_one},
         rounding=cut_off(max(rows for rows, _ in sizes), dtype),
+    )  # fmt: skip
+
+
+def sketch(rows: int, order: int, columns: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    """`sketch_`: rows of one factor, and test vectors."""
+    x, omega = torch.randn(rows, order, device=device).to(dtype), torch.randn(order, columns, device=device)
+    y, trace = torch.zeros_like(omega), torch.zeros((), device=device)
+    dense = torch.zeros(order, order, device=device)
+
+    def call(wide: bool) -> list[Tensor]:
+        kind = torch.float64 if wide else torch.float32
+        fresh = torch.zeros_like(omega, dtype=kind), torch.zeros_like(trace, dtype=kind)
+        sketch_(*fresh, _widen(x, wide), omega.to(kind))
+        return list(fresh)
+
+    def parts(c: Configuration) -> tuple[Part, ...]:
+        moved = {"x": float(rows * order * dtype.itemsize), "p": 4.0 * rows * columns, "y": 4.0 * order * columns}
+        return (
+            cost.product("project", rows, columns, order, c.precision, c, **moved),
+            cost.product("back", order, columns, rows, c.precision, c, **moved),
+        )
+
+    return Problem(
+        "sketch_", "", f"order {order}, {rows} rows, {columns} vectors", dtype, device, order,
+        run=lambda: sketch_(y, trace, x, omega),
+        results=call,
+        cost=lambda c, where: Cost("sketch_", parts(c)),
+        explain=lambda: explain("sketch_", y, trace, x, omega),
+        baselines={"mm + add_ of the whole": lambda: dense.add_(_matrix_product(x))},
     )  # fmt: skip
 
 

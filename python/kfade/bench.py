@@ -63,6 +63,12 @@ CASES = {
         medium=[{"sizes": [(2048, 576)] * 6 + [(2048, 1536)] * 6}],
         large=[{"sizes": [(4096, 1024)] * 32}, {"sizes": [(4096, 2048)] * 8}],
     ),
+    "sketch_": Case(
+        problems.sketch,
+        small=[{"rows": 1024, "order": 1536, "columns": 74}],
+        medium=[{"rows": 4096, "order": 4096, "columns": 266}],
+        large=[{"rows": 16384, "order": 18944, "columns": 522}],
+    ),
     "rotate": Case(
         problems.rotation,
         small=[{"rows": 1024, "width": 576}],

@@ -67,7 +67,7 @@ class CorrectionCollector:
         return rotated
 
     def _shared_gram(self, layer: Layer, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The input of a group in its thin basis, and inner products of the rest where these are used; kept likewise."""
+        """The input of a group in its thin basis, and inner products of the rest where these are used."""
         found = self._grams.pop(layer.group, None)
         if found is None:
             q = self._states[layer.group].input_eigenvectors()

@@ -79,6 +79,7 @@ def _calls(rows: torch.dtype, device: str) -> dict[str, tuple[tuple[Any, ...], d
             "eigenvalue_correction_": ((lam, g, a, q_out, q_in), {}),
             "kron_solve": ((torch.zeros(m, n, dtype=rows), q_out, q_in, lam, 0.1), {}),
             "rotate": ((a, q_in), {}),
+            "sketch_": ((torch.zeros(n, 74), torch.zeros(()), a, torch.zeros(n, 74)), {}),
             "sampled_cross_entropy": ((hidden,), {"weight": weight, **draw}),
         }
 

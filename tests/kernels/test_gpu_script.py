@@ -68,7 +68,8 @@ def test_plan_of_one_part(part: str, device: str, capsys: pytest.CaptureFixture[
 def test_every_operation_is_checked() -> None:
     import kfade_kernels as kk
 
-    assert set(gpu.CHECKS) == set(kk.operations())
+    # A sketch is two products of PyTorch's on every device: no kernel of ours is in it.
+    assert set(gpu.CHECKS) == set(kk.operations()) - {"sketch_"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -42,6 +42,7 @@ kk.rotate(x.bfloat16(), kk.bf16_pair(q))
 kk.kron_solve(x[:4], q, q, torch.rand(4, 4), 0.1)
 kk.sampled_cross_entropy(x, keys=torch.arange(8))
 kk.apply_update_([x], [x + 1])
+kk.sketch_(torch.zeros(4, 2), torch.zeros(()), x, torch.randn(4, 2))
 for name in kk.operations():
     assert getattr(kk, name).__doc__
 print(kk.explain("syrk_", acc, x))

@@ -73,7 +73,8 @@ OPERATIONS = (
 
 
 def test_every_operation_is_asked() -> None:
-    assert set(OPERATIONS) == set(kk.operations())
+    # A sketch has no Triton form.
+    assert set(OPERATIONS) == set(kk.operations()) - {"sketch_"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

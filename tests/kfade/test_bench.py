@@ -28,6 +28,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny: dict[str, dict[str, Any]] = {
         "syrk_": {"rows": 8, "order": 12},
         "accumulate_factors_": {"sizes": [(8, 12), (8, 6)]},
+        "sketch_": {"rows": 8, "order": 12, "columns": 3},
         "rotate": {"rows": 8, "width": 12},
         "eigenvalue_correction_": {"sequences": 2, "tokens": 4, "d_out": 6, "d_in": 8},
         "kron_solve": {"d_out": 6, "d_in": 8},
