@@ -71,8 +71,8 @@ class LayerCurvature:
         q_in, lambda_in: eigenvectors in columns and ascending eigenvalues of A. A thin basis has k columns, and its
             eigenvalues are followed by the mean of the others.
         q_out, lambda_out: the same of S.
-        lambda_sum: `Σ_n (Q_Sᵀ G_n Q_A)∘²`, `[d_out, d_in (+ 1)]`. Of a thin basis it has k + 1 rows or columns, the last
-            with means over the tail.
+        lambda_sum: `Σ_n (Q_Sᵀ G_n Q_A)∘²`, `[d_out, d_in (+ 1)]`. Of a thin basis it has k + 1 rows or columns, and in
+            the last the means over all other directions.
         a_sketch, s_sketch: of a factor that is to have a thin basis, until it has it.
     """
 

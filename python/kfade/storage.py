@@ -295,6 +295,9 @@ def set_tensor(state: LayerCurvature, key: str, value: Tensor, path: Path, rank:
     shape, orders = shapes_of(state, rank).get(key), _orders(state, rank)
     if list(value.shape) != shape:
         raise StorageError(f"{path} has {key} of shape {list(value.shape)}; {state.name} takes {shape}")
+    if rank is not None and value.data_ptr() % 64:
+        # Products of thin matrices round by where in memory they begin, and a file has them anywhere.
+        value = value.clone()
     setattr(state, key, PackedSymmetric.from_packed(value, orders[key]) if key in orders else value)
 
 
