@@ -265,6 +265,20 @@ def test_a_directory_that_cannot_be_written_is_named_before_the_model_is_loaded(
         assert "cannot be written" in refused(*command, "--out", "/proc/nowhere/out")
 
 
+def test_a_rank(home: Path, tmp_path: Path) -> None:
+    """Given to a fit whose factors are then used, and to unlearning itself."""
+    done("fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "f", "--rank", 6, "--quiet")
+    manifest = json.loads((tmp_path / "f" / "manifest.json").read_text())
+    assert manifest["config"]["rank"] == 6
+    assert not any(entry["stage"].endswith("factors") for entry in manifest["files"].values())
+    done(*quick(home, tmp_path / "u"), "--factors", tmp_path / "f", "--rank", 6, "--quiet")
+    values = json.loads(done(*quick(home, tmp_path / "v"), "--rank", 6, "--quiet", "--json").stdout)
+    assert values["configuration"]["rank"] == 6 and values["unlearn"]["outcome"]["measured_kl"] > 0
+    assert "rank is 6; diagonal has no factors" in refused(*quick(home, tmp_path / "w"), "--rank", 6, "--curvature",
+                                                           "diagonal")  # fmt: skip
+    assert "rank is 0; it must be at least 1" in refused(*quick(home, tmp_path / "w"), "--rank", 0)
+
+
 def test_only_the_answer_can_be_unlearned(home: Path, tmp_path: Path) -> None:
     values = json.loads(done(*quick(home, tmp_path / "o"), "--loss-on", "answer", "--quiet", "--json").stdout)
     assert values["configuration"]["loss_on"] == "answer"
