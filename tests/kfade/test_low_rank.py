@@ -12,6 +12,7 @@ import torch
 from kfade_kernels import low_rank
 from models import PADDINGS, batch, hand_made, loss_positions, tiny
 from oracles import Sizes, Truth, assert_close, autograd_truth, relative
+from pages import run_examples
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -430,3 +431,7 @@ def test_a_missing_basis_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(StorageError, match=r"q_out of .* is missing"):
         kfade.Curvature.load(tmp_path)
+
+
+def test_examples_run() -> None:
+    run_examples("low-rank.md")
