@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from kfade_kernels import low_rank
 from records import RESULTS, append
-from torch import Tensor
+from torch import Tensor, nn
 
 import kfade
 from kfade.capture import deterministic_mode, frozen, graph_from_embeddings, trace
@@ -42,7 +43,7 @@ from kfade.unlearn import as_batches, split_holdout
 COLUMNS = (
     "part", "case", "curvature", "rank", "solve_error", "solve_error_exact_basis", "flops_predicted",
     "cpu_seconds_factors", "cpu_seconds_decomposition", "cpu_seconds_eigenvalues", "numbers_predicted", "state_bytes",
-    "peak_bytes", "budget", "budget_kl", "retain_kl", "forget_nll", "tokens",
+    "peak_bytes", "budget", "retain_kl", "forget_nll", "tokens",
 )  # fmt: skip
 KEY = ("part", "case", "curvature", "rank", "budget")
 RANKS = (16, 64, 128, 256)
@@ -238,8 +239,49 @@ def fit_all(
     return fits, found
 
 
+def uphill(model: Any, layers: list[Layer], batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The gradient of the forget set's mean NLL by layer name; `[d_out, d_in]`."""
+    weights = [layer.weight for layer in layers]
+    total = [torch.zeros_like(weight) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for batch in batches:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+        for whole, grad in zip(total, torch.autograd.grad(loss, weights), strict=True):
+            whole.add_(grad)
+    return {layer.name: grad for layer, grad in zip(layers, total, strict=True)}
+
+
+class Search:
+    """Moves a model along a direction until held-out retain KL is what is wanted."""
+
+    def __init__(self, model: Any, layers: list[Layer], held: list[dict[str, Any]], tolerance: float = 0.02) -> None:
+        self.model, self.layers, self.held, self.tolerance = model, layers, held, tolerance
+        self.before = {layer.name: layer.weight.detach().clone() for layer in layers}
+        self.original = references(model, held)
+
+    def move(self, step: Mapping[str, Any], scale: float) -> None:
+        """Set the weights to the original ones and `scale` times a step."""
+        for layer in self.layers:
+            layer.weight.data.copy_(self.before[layer.name]).add_(step[layer.name], alpha=scale)
+
+    def to(self, step: Mapping[str, Any], budget: float, scale: float) -> tuple[float, float]:
+        """Scale and KL; the model is left moved. KL grows about as the square of the scale, so √KL is walked along."""
+        lower, upper = 0.0, math.inf
+        for _ in range(10):
+            self.move(step, scale)
+            kl = scores(self.model, self.held, self.original).kl or 0.0
+            if abs(kl / budget - 1) < self.tolerance:
+                break
+            lower, upper = (scale, upper) if kl < budget else (lower, scale)
+            wanted = scale * min(4.0, max(0.25, math.sqrt(budget / max(kl, 1e-9))))
+            scale = wanted if lower < wanted < upper else (lower + upper) / 2
+        return scale, kl
+
+
 def demo(done: set[tuple[str, ...]], cache: Path, ranks: list[int], capitals: int, budgets: list[float]) -> None:
-    """Fit once for every rank, then forget some capitals within budgets of retain KL."""
+    """Fit once for every rank, then forget some capitals until held-out retain KL is the budget."""
     model, tokenizer = load_model(str(demo_model()))
     data = load_data(capitals)
     retain = make_batches(tokenizer, data.retain[:96], batch_size=FIT_BATCH)
@@ -247,37 +289,38 @@ def demo(done: set[tuple[str, ...]], cache: Path, ranks: list[int], capitals: in
     fitted, _ = split_holdout(check_batches(retain, torch.device("cpu")), kfade.UnlearnConfig().holdout)
     every: list[int | None] = [None, *ranks]
     costs_path = cache / "costs.json"
-    if costs_path.exists():
-        costs = json.loads(costs_path.read_text())
-        fits = {str(rank): kfade.Curvature.load(cache / str(rank)) for rank in every}
-    else:
+    if not costs_path.exists():
         fits, costs = fit_all(model, as_batches(fitted), every)
         for name, curvature in fits.items():
             curvature.save(cache / name)
         costs_path.write_text(json.dumps(costs))
-    held = make_batches(tokenizer, data.retain_held[:40], batch_size=FIT_BATCH)
-    original = references(model, held)
+        del fits
+    costs = json.loads(costs_path.read_text())
     forget = make_batches(tokenizer, data.forget, batch_size=FIT_BATCH, loss_on="answer")
-    case = f"SmolLM2-135M, {capitals} capitals"
+    layers = select(model, "mlp")
+    gradient = uphill(model, layers, forget)
+    search = Search(model, layers, make_batches(tokenizer, data.retain_held[::4], batch_size=FIT_BATCH))
+    case, scale = f"SmolLM2-135M, {capitals} capitals", 1e-3
     for kind in ("ekfac", "kfac"):
         for rank in every:
             name = str(rank)
-            curvature = fits[name]
+            if all(("demo", case, kind, "" if rank is None else name, str(b)) in done for b in budgets):
+                continue
+            curvature = kfade.Curvature.load(cache / name)
             if kind == "kfac":
                 states = {n: replace(state, lambda_sum=None) for n, state in curvature.items()}
                 curvature = kfade.Curvature(replace(curvature.config, curvature="kfac"), "demo", states)
+            step = curvature.solve(gradient)
+            # One uphill length for all, whatever the unit of a curvature.
+            length = math.sqrt(sum(float(x.square().sum()) for x in step.values()))
+            step = {n: x / length for n, x in step.items()}
             for budget in budgets:
                 if ("demo", case, kind, "" if rank is None else name, str(budget)) in done:
                     continue
-                config = kfade.UnlearnConfig(fit=curvature.config, kl_budget=budget, trials=14)
-                update = kfade.unlearn(model, forget, retain, config, curvature=curvature)
-                outcome = update.report.outcome
-                assert outcome is not None
-                update.apply_(model)
-                kl = scores(model, held, original).kl
-                update.remove_(model)
-                cost = costs[name]
-                corrects = kind == "ekfac"
+                scale, kl = search.to(step, budget, scale if scale > 1e-3 else 1.0)
+                nll = scores(model, forget).nll
+                search.move(step, 0.0)
+                cost, corrects = costs[name], kind == "ekfac"
                 record(done, {
                     "part": "demo", "case": case, "curvature": kind, "rank": "" if rank is None else rank,
                     "flops_predicted": f"{cost['flops']:.4g}" if corrects else "",
@@ -286,8 +329,7 @@ def demo(done: set[tuple[str, ...]], cache: Path, ranks: list[int], capitals: in
                     "cpu_seconds_eigenvalues": round(cost["eigenvalues"], 1) if corrects else "",
                     "numbers_predicted": f"{cost['numbers']:.4g}" if corrects else "",
                     "state_bytes": tensors_of(curvature), "peak_bytes": cost["peak"], "budget": budget,
-                    "budget_kl": round(outcome.measured_kl, 5), "retain_kl": round(kl or 0.0, 5),
-                    "forget_nll": round(outcome.forget_nll, 3), "tokens": cost["tokens"],
+                    "retain_kl": round(kl, 5), "forget_nll": round(nll, 3), "tokens": cost["tokens"],
                 })  # fmt: skip
 
 
@@ -296,7 +338,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("spectra", "demo"), required=True)
     parser.add_argument("--cache", type=Path, default=Path("low_rank_cache"), help="directory for the fits of `demo`")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
-    parser.add_argument("--capitals", type=int, default=24)
+    parser.add_argument("--capitals", type=int, default=16)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.015])
     options = parser.parse_args()
     done = recorded()
