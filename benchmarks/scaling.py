@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,14 @@ def plans(name: str) -> list[Plan]:
     load = Workload(SEQUENCES * LENGTH, SEQUENCES, SEQUENCES // BATCH, BATCH, LENGTH)
     return [
         plan_model(
-            model, name, load, config, rates, rank=rank, devices=devices, limit=rates.memory, simulated=simulated
+            model,
+            name,
+            load,
+            replace(config, rank=rank),
+            rates,
+            devices=devices,
+            limit=rates.memory,
+            simulated=simulated,
         )
         for rank in (None, RANK)
         for devices in DEVICES

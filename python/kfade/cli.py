@@ -582,7 +582,10 @@ def fit(
         planned = plan_run(loaded, batches, options, model, out)
     for reason in planned.reasons:
         progress.say(reason)
-    fitted = fit_curvature(loaded, batches, options, progress=progress, store=out)
+    fitted = fit_curvature(loaded, batches, options, progress=progress, store=None if rank else out)
+    if rank:
+        with progress.stage("save"):
+            fitted.save(out)
     compared = planned.beside(progress.costs)
     # Not before the fit: what is there may be refused, and then it keeps its options.
     _keep(out, _effective(ctx, options))
@@ -620,10 +623,7 @@ def plan(
     layers_per_pass: _LayersPerPass = _FIT.layers_per_pass,
     device_memory: _DeviceMemory = _FIT.device_memory,
     autocast: _Autocast = _FIT.autocast,
-    rank: Annotated[
-        int | None,
-        typer.Option("--rank", help="Of low-rank factors.", show_default="full factors", rich_help_panel=_CURVATURE),
-    ] = None,
+    rank: _Rank = _FIT.rank,
     dtype: _Dtype = "float32",
     device: Annotated[
         str,
@@ -646,12 +646,10 @@ def plan(
 
     options = FitConfig(
         curvature=curvature, fisher=fisher, modules=modules, samples=samples, layers_per_pass=layers_per_pass,
-        device_memory=device_memory, autocast=autocast,
+        device_memory=device_memory, autocast=autocast, rank=rank,
     )  # fmt: skip
     _start(quiet)
-    found = plan_of(
-        model, tokens, seq_len, options, batch_size=batch_size, device=device, devices=devices, dtype=dtype, rank=rank
-    )
+    found = plan_of(model, tokens, seq_len, options, batch_size=batch_size, device=device, devices=devices, dtype=dtype)
     shown = [_table(title, head, rows, "left") for title, head, rows in tables(found)]
     _print(as_json, {"command": "plan", **found.to_json()}, *shown)
 
@@ -766,7 +764,10 @@ def unlearn(
         "Retain": _records(eval_retain or retain, limit)[:eval_limit],
     }
     models.check_model(model, dtype, device)
-    store = out / "factors" if factors is None else None
+    # A low-rank fit does not save itself as it goes.
+    store = out / "factors" if factors is None and rank is None else None
+    if keep_factors and rank is not None:
+        raise ValueError(f"rank is {rank} and factors are to be kept; fit them first with `kfade fit --rank {rank}`")
     if factors is not None:
         read_manifest(factors)
     if store is not None:

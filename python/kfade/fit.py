@@ -254,6 +254,11 @@ def _fit_states(
     store: str | Path | None = None,
 ) -> dict[str, LayerCurvature]:
     """What `fit` and `fit_factors` share."""
+    if store is not None and config.rank is not None:
+        raise ValueError(
+            f"store is {store} and config.rank is {config.rank}: a low-rank fit cannot save itself as it goes; leave"
+            " store out, and save the curvature afterwards"
+        )
     layers = select(model, config.modules)
     checked = check_batches(batches, device_of(model))
     tracked = {module for layer in layers for module in layer.modules}
@@ -295,16 +300,18 @@ def fit(
             (0 is padding, on either side) and `labels` (-100 is no loss; absent, every token counts).
         config: options; see FitConfig.
         progress: where to show progress and record costs.
-        store: a directory to save the curvature in as it is fitted. Where the fit is cut off, by whatever, the same
-            call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the batch or factor in
-            hand. On a CPU the states that are returned are mapped from its files. None saves nothing.
+        store: a directory to save the curvature in as it is fitted; not with a rank. Where the fit is cut off, by
+            whatever, the same call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the
+            batch or factor in hand. On a CPU the states that are returned are mapped from its files. None saves
+            nothing.
 
     Returns:
         A mapping from layer names to their curvature.
 
     Raises:
         StorageError: `store` holds something else than this fit, or a corrupt file.
-        ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes.
+        ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes; or
+            there is both a `store` and a rank.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.
         ValueError: no batch, no loss position, or a selection that matches nothing.
         UnsupportedLayerError: a selected layer cannot be handled exactly.

@@ -26,7 +26,7 @@ from kfade_kernels.syrk.pytorch import CHUNK_ROWS, GPU_PANELS
 from torch import nn
 
 from .config import FitConfig
-from .factors import WAITING_BYTES
+from .factors import OVERSAMPLING, WAITING_BYTES
 from .layers import Layer, in_passes, select
 from .loss import Batch, check_batch
 from .models import DTYPES, configuration_of, outline_model
@@ -35,8 +35,6 @@ from .rates import GIB, TABLE, UNTIMED, Rates, calibrate, rates_of, resident_byt
 from .simulation import Footprint, simulate
 
 FORMAT, VERSION = "kfade-plan", 1
-# Columns of a sketch beyond its rank.
-OVERSAMPLING = 10
 # Dense matrices of a factor's size that its `eigh` needs at once: the factor, the eigenvectors, LAPACK's 2·n² numbers.
 EIGH_MATRICES = 4
 MACHINE = 8  # devices of one machine
@@ -284,7 +282,7 @@ class _Side:
 
     @property
     def thin(self) -> bool:
-        return self.rank is not None and self.rank + OVERSAMPLING < self.order
+        return self.rank is not None and self.rank < self.order
 
     @property
     def columns(self) -> int:
@@ -294,12 +292,17 @@ class _Side:
 
     @property
     def sketched(self) -> int:
-        return self.columns + OVERSAMPLING
+        return min(self.order, self.columns + OVERSAMPLING)
 
     @property
     def accumulator(self) -> int:
         """Bytes: a packed triangle, or `Y [n, k + p]`."""
         return self.itemsize * (self.order * self.sketched if self.thin else packed_elements(self.order))
+
+    @property
+    def kept(self) -> int:
+        """Bytes of it in a finished state: a sketch is freed."""
+        return 0 if self.thin else self.accumulator
 
     @property
     def eigenvectors(self) -> int:
@@ -338,15 +341,15 @@ class _Model:
 
     def __init__(
         self, layers: Sequence[Layer], foot: Footprint, config: FitConfig, load: Workload, rates: Rates,
-        dtype: torch.dtype, rank: int | None, weights: int, vocabulary: int, devices: int, blocks: int, stored: bool,
+        dtype: torch.dtype, weights: int, vocabulary: int, devices: int, blocks: int, stored: bool,
     ) -> None:  # fmt: skip
         self.layers, self.foot, self.config, self.load, self.rates = layers, foot, config, load, rates
         self.dtype, self.devices, self.vocabulary, self.stored = dtype, devices, vocabulary, stored
         self.compute = dtype if config.autocast == "off" else getattr(torch, config.autocast)
         self.state = torch.float64 if dtype == torch.float64 else torch.float32
         self.itemsize = self.state.itemsize
-        self.input = {x.name: _Side(x.width_in, rank, self.itemsize) for x in layers if x.leads}
-        self.output = {x.name: _Side(x.d_out, rank, self.itemsize) for x in layers}
+        self.input = {x.name: _Side(x.width_in, config.rank, self.itemsize) for x in layers if x.leads}
+        self.output = {x.name: _Side(x.d_out, config.rank, self.itemsize) for x in layers}
         self.has_factors = config.curvature in ("kfac", "ekfac")
         self.has_correction = config.curvature in ("diagonal", "ekfac")
         self.on_cpu = rates.kind == "cpu"
@@ -383,7 +386,8 @@ class _Model:
 
     def state_bytes(self, part: Sequence[Layer]) -> float:
         """What a finished layer keeps."""
-        return self.accumulators(part) + self.eigenvectors(part) + self.eigenvalues(part)
+        kept = sum(self.output[x.name].kept + self._leading(x, "kept") for x in part) if self.has_factors else 0
+        return kept + self.eigenvectors(part) + self.eigenvalues(part)
 
     def _loss_bytes(self) -> float:
         """Blocks of logits: as they come, as probabilities, and in 16 bit for the product back; and the gradient."""
@@ -759,12 +763,13 @@ def _assumptions(model: _Model) -> list[str]:
     return found
 
 
-def _plan(name: str, model: _Model, parameters: int, rank: int | None, limit: float | None) -> Plan:
+def _plan(name: str, model: _Model, parameters: int, limit: float | None) -> Plan:
     at_most, memory = _choose(model, limit)
     passes = in_passes(model.layers, at_most)
     peak, load = _peak(model, memory), model.load
     return Plan(
-        name, model.config.curvature, rank, str(model.dtype).removeprefix("torch."), model.rates.name, model.devices,
+        name, model.config.curvature, model.config.rank, str(model.dtype).removeprefix("torch."), model.rates.name,
+        model.devices,
         load.tokens, load.sequences, load.size, load.length, parameters, tuple(x.name for x in model.layers),
         at_most, len(passes), model.stored, tuple(model.stages(passes)), tuple(memory),
         tuple(_places(model, passes)), peak, limit, limit is None or peak <= limit,
@@ -792,7 +797,6 @@ def plan_model(
     config: FitConfig,
     rates: Rates = UNTIMED,
     *,
-    rank: int | None = None,
     devices: int = 1,
     limit: float | None = None,
     stored: bool = True,
@@ -806,7 +810,6 @@ def plan_model(
         load: the data.
         config: of the fit; its `layers_per_pass` is kept where it is given.
         rates: of the device.
-        rank: of low-rank factors, or None.
         devices: how many share the work.
         limit: memory of a device in bytes, or None for no limit.
         stored: whether the fit is given a directory to save in as it goes.
@@ -829,14 +832,13 @@ def plan_model(
         load,
         rates,
         dtype,
-        rank,
         weights,
         _vocabulary(model, foot),
         devices,
         blocks,
         stored,
     )
-    return _plan(name, sizes, parameters, rank, limit)
+    return _plan(name, sizes, parameters, limit)
 
 
 def plan(
@@ -849,7 +851,6 @@ def plan(
     device: str = "cpu",
     devices: int = 1,
     dtype: str = "float32",
-    rank: int | None = None,
     rates: Rates | None = None,
 ) -> Plan:
     """What a fit will take, from the model's configuration alone.
@@ -863,7 +864,6 @@ def plan(
         device: `cpu`, which is measured for two seconds, or a GPU: A100, H100, H200, B200 or L40S.
         devices: how many share the work. More than one is an estimate: such a fit does not exist yet.
         dtype: of the weights.
-        rank: of low-rank factors; None for full ones.
         rates: of the device, instead of those known by its name.
 
     Raises:
@@ -874,7 +874,6 @@ def plan(
     config = config or FitConfig()
     for name, value, least in (
         ("tokens", tokens, 2), ("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("devices", devices, 1),
-        ("rank", 1 if rank is None else rank, 1),
     ):  # fmt: skip
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} is {value!r}; it must be an integer")
@@ -884,8 +883,6 @@ def plan(
         raise ValueError(f"tokens is {tokens}; it must be at least seq_len, {seq_len}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if rank is not None and config.curvature not in ("kfac", "ekfac"):
-        raise ValueError(f"rank is {rank}; curvature {config.curvature!r} has no factors, so it must be None")
     settings = configuration_of(str(model))
     longest = getattr(settings, "max_position_embeddings", None)
     if isinstance(longest, int) and seq_len > longest:
@@ -898,7 +895,7 @@ def plan(
     if config.device_memory is not None:
         limit = config.device_memory * GIB
     outline = outline_model(settings, dtype)
-    return plan_model(outline, str(model), load, config, known, rank=rank, devices=devices, limit=limit)
+    return plan_model(outline, str(model), load, config, known, devices=devices, limit=limit)
 
 
 def plan_fit(

@@ -55,8 +55,8 @@ def packed(n: int) -> int:
     return sum(min(128, n - start) * min(start + 128, n) for start in range(0, n, 128))
 
 
-def planned(path: Path, tokens: int = 4096, length: int = 64, rank: int | None = None, **options: Any) -> Plan:
-    return plan(path, tokens, length, kfade.FitConfig(**options), rates=ROUND, rank=rank)
+def planned(path: Path, tokens: int = 4096, length: int = 64, **options: Any) -> Plan:
+    return plan(path, tokens, length, kfade.FitConfig(**options), rates=ROUND)
 
 
 def test_work_of_one_layer_by_hand(tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_low_rank_by_hand(tmp_path: Path) -> None:
     n, a, s, k = 4096, INNER, WIDTH, 16
     found = planned(tmp_path, rank=k, modules="down_proj")
     assert found.stage("factors").flops == 4 * n * (k + 10) * (a + s)
-    sums, vectors, values = 4 * (k + 10) * (a + s), 4 * k * (a + s), 4 * (k + 1) ** 2
-    assert found.stage("saving").disk_bytes == sums + vectors + values
+    # The sketches are gone by then.
+    assert found.stage("saving").disk_bytes == 4 * k * (a + s) + 4 * (k + 1) ** 2
     assert found.stage("solve").flops == 4 * a * s * 2 * k
     # A rank beyond a factor's order is the whole factor.
     whole, wide = planned(tmp_path, modules="down_proj"), planned(tmp_path, modules="down_proj", rank=INNER)
@@ -396,7 +396,7 @@ def test_the_command_needs_a_configuration_file_and_no_network(
         (["--device-memory", 0], "device_memory is 0.0"),
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--rank", 0], "rank is 0"),
-        (["--rank", 8, "--curvature", "diagonal"], "rank is 8; curvature 'diagonal' has no factors"),
+        (["--rank", 8, "--curvature", "diagonal"], "rank is 8; diagonal has no factors"),
         (["--modules", "nothing"], "matches no linear layer"),
         (["--model", "/nowhere/config.json"], "/nowhere/config.json"),
     ],
