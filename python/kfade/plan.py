@@ -949,7 +949,7 @@ def plan_run(
         rates = next((rates for key, rates in TABLE.items() if key in known), TABLE["A100"])
     else:
         rates = calibrate(store)
-    return plan_fit(model, checked, config, stored=True, name=name, rates=rates)
+    return plan_fit(model, checked, config, stored=config.rank is None, name=name, rates=rates)
 
 
 def beside_table(found: Sequence[Beside]) -> tuple[str, list[str], list[list[str]]]:
