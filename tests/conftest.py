@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 
 # Before anything imports Triton: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+
+# A shell ignores Ctrl-C in what it runs in the background, and tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
