@@ -142,7 +142,7 @@ class UnlearnConfig:
     damping: float = 0.1
     damping_kind: str = "relative"
     objective: str = "cross_entropy"
-    margin: float = 10.0
+    margin: float = 5.0
     target_temperature: float = 2.0
     npo_beta: float = 0.1
     steps: int = 1
