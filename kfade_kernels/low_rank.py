@@ -80,6 +80,8 @@ def nystrom(y: Tensor, omega: Tensor, trace: float, rank: int) -> tuple[Tensor, 
         vectors, singular, _ = torch.linalg.svd(root, full_matrices=False)
         values = (singular.square() - shift).clamp_(min=0)
     values, vectors = values[:rank].flip(0), vectors[:, :rank].flip(1)
+    # An SVD leaves columns several roundings from orthonormal; one Newton-Schulz step takes these away.
+    vectors = vectors @ (1.5 * torch.eye(rank, dtype=torch.float64, device=y.device) - 0.5 * (vectors.T @ vectors))
     tail = max(0.0, trace - float(values.sum())) / (n - rank)
     values = torch.cat([values, values.new_tensor([tail])])
     return values.to(kind), vectors.to(kind).contiguous()

@@ -559,7 +559,7 @@ def fit(
 ) -> None:
     """Fit the curvature of a retain set and save it, for `unlearn --factors` and for other uses.
 
-    It is saved as it is fitted: where the command is cut off, by whatever, the same command goes on.
+    It is saved as it is fitted, but with --rank: where the command is cut off, by whatever, the same command goes on.
     """
     from .data import make_batches
     from .fit import fit as fit_curvature

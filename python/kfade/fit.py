@@ -203,6 +203,12 @@ def _fit_layers(
     store.restore(states)
     device, dtype = device_of(model), state_dtype(model)
 
+    def next_stage() -> None:
+        """What a stage has freed is not the next one's peak."""
+        if config.device_memory is not None:
+            return_freed_memory()
+
+    next_stage()
     if config.curvature in ("kfac", "ekfac"):
         todo = store.unfinished(layers, FACTORS)
         if todo:
@@ -217,6 +223,7 @@ def _fit_layers(
         left = sum(x.q_out is None for x in states.values()) + sum(
             states[x.name].q_in is None for x in layers if x.leads
         )
+        next_stage()
         if left:
             with progress.stage(f"eigendecomposition{suffix}", left, "factor") as stage:
 
@@ -227,6 +234,7 @@ def _fit_layers(
                 decompose_states(states, decomposed, config.rank)
                 store.release(states, FACTORS)
 
+    next_stage()
     if config.curvature in ("diagonal", "ekfac"):
         todo = store.unfinished(layers, CORRECTION)
         if todo:
@@ -265,7 +273,6 @@ def _fit_states(
     states: dict[str, LayerCurvature] = {}
     at_most = config.layers_per_pass
     if config.device_memory is not None:
-        return_freed_memory()
         at_most = plan_fit(model, checked, config, stored=store is not None).layers_per_pass
     with ExitStack() as stack:
         for context in (deterministic_mode(model), frozen(model), graph_from_embeddings(model)):

@@ -177,22 +177,22 @@ class _Run:
                 p.copy_(original if change is None else original.to(self.dtype) + parts[name])
 
     @torch.no_grad()
-    def references(self, batches: Sequence[Batch], stage: Stage) -> list[Tensor]:
-        """Loss rows of the model as it is, to measure KL from."""
-        rows = []
+    def references(self, batches: Iterable[Batch], stage: Stage) -> dict[int, Tensor]:
+        """Loss rows of the model as it is, to measure KL from, by the batches' index."""
+        rows = {}
         for batch in batches:
-            rows.append(self.head.rows(batch).clone())
+            rows[batch.index] = self.head.rows(batch).clone()
             stage.advance(batch.tokens)
         return rows
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Batch], references: Sequence[Tensor], stage: Stage) -> tuple[float, float]:
+    def measure(self, batches: Sequence[Batch], references: Mapping[int, Tensor], stage: Stage) -> tuple[float, float]:
         """Mean KL to the references and mean NLL, nats a token."""
         divergence = nll = 0.0
         tokens = 0
-        for batch, reference in zip(batches, references, strict=True):
+        for batch in batches:
             rows = self.head.rows(batch)
-            kl, _ = self.head.kl(rows, reference, gradient=False)
+            kl, _ = self.head.kl(rows, references[batch.index], gradient=False)
             divergence += float(kl.sum())
             nll += float(self.head.labelled(rows, batch)[2].sum(dtype=torch.float64))
             tokens += rows.shape[0]
@@ -256,7 +256,7 @@ def cycled(batches: Sequence[Batch], count: int, seed: str) -> list[Batch]:
 
 
 def _spread(batches: Sequence[Batch], sequences: int) -> list[Batch]:
-    """Every so many of the batches, with at least so many sequences if there are as many."""
+    """Every so many of the batches, of about so many sequences together; all if there are fewer."""
     total = sum(len(batch.input_ids) for batch in batches)
     stride = max(1, total // sequences)
     return list(batches[::stride])
@@ -434,14 +434,12 @@ class _Stepper:
         total = sum(b.tokens for part in (held, held, pulled.values(), *[forget] * (1 + distils)) for b in part)
         with progress.stage("original outputs", total) as stage:
             begin = time.perf_counter()
-            self._held_rows = dict(zip((b.index for b in held), run.references(held, stage), strict=True))
-            self._retain_rows = dict(zip(pulled, run.references(list(pulled.values()), stage), strict=True))
-            self._forget_rows: dict[int, Tensor] = {}
-            if distils:
-                self._forget_rows = dict(zip((b.index for b in forget), run.references(forget, stage), strict=True))
+            self._held_rows = run.references(held, stage)
+            self._retain_rows = run.references(pulled.values(), stage)
+            self._forget_rows = run.references(forget if distils else [], stage)
             sums = run.sequence_nll(forget, stage)
             self._start = dict(zip((b.index for b in forget), sums, strict=True))
-            _, retain_nll = run.measure(held, list(self._held_rows.values()), stage)
+            _, retain_nll = run.measure(held, self._held_rows, stage)
             self._seconds += time.perf_counter() - begin
         self.report = UnlearnReport(
             to_dict(config), model_id(run.model), self._mean_nll(forget, sums), retain_nll, costs=progress.costs
@@ -595,7 +593,7 @@ class _Stepper:
     def _glance_kl(self) -> tuple[float, float]:
         """KL and NLL on a few held-out batches."""
         # No stage of its own: it would cut the progress of the steps.
-        return self.run.measure(self._few_held, [self._held_rows[b.index] for b in self._few_held], Stage(None, None))
+        return self.run.measure(self._few_held, self._held_rows, Stage(None, None))
 
     def finish(self) -> None:
         """Scale the change to the budget, or drop it and say why."""
@@ -605,12 +603,12 @@ class _Stepper:
 
             def measure(scale: float) -> float:
                 self.run.set_change(_scaled(self.change, scale))
-                return self.run.measure(self.held, list(self._held_rows.values()), stage)[0]
+                return self.run.measure(self.held, self._held_rows, stage)[0]
 
             scale, trials, reason = self._scale(unit, measure)
             self.change = _scaled(self.change, scale)
             self.run.set_change(self.change if scale else None)
-            kl, retain_nll = self.run.measure(self.held, list(self._held_rows.values()), stage)
+            kl, retain_nll = self.run.measure(self.held, self._held_rows, stage)
             forget_nll = self._mean_nll(self.forget, self.run.sequence_nll(self.forget, stage))
         predicted = scale * scale * unit
         self.report.outcome = Outcome(scale, reason, predicted, kl, forget_nll, retain_nll, tuple(trials))

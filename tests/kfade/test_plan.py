@@ -314,7 +314,8 @@ def data(size, length, words):
 config = kfade.FitConfig(device_memory=64.0, **options)
 # Code and tables that libraries load at their first use are no part of a plan.
 kfade.fit(build(64, 128, 1, 256), data(2, 32, 256), config)
-model, batches = build(512, 1536, 4, 8192), data(4, 128, 8192)
+# GPT-2 ties its embeddings.
+model, batches = build(512, 1536, 6 if kind == "gpt2" else 4, 8192), data(4, 128, 8192)
 planned = plan_fit(model, check_batches(batches, torch.device("cpu")), config, stored=stored)
 progress = kfade.Progress()
 kfade.fit(model, batches, config, progress=progress, store=folder if stored else None)
@@ -349,15 +350,14 @@ def test_memory_is_as_planned(tmp_path: Path, changes: dict[str, Any]) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert 15e6 < found["parameters"] < 40e6
+    assert 20e6 < found["parameters"] < 40e6
     assert found["passes"] == (4 if changes.get("layers_per_pass") else 1)
     for expected, measured in found["stages"]:
         # Of the whole process, which is what a limit is put on.
         assert measured <= 1.1 * expected and expected <= 1.1 * measured
-        # Without what the process took before the model the allocator's own share weighs more: 10 to 25 MiB in one
-        # pass, 45 were seen in four.
+        # Without what the process took before the model the allocator's own share weighs more: 10 to 25 MiB.
         ours, real = expected - found["process"], measured - found["process"]
-        assert real <= 1.1 * ours + (16 + 8 * found["passes"]) * 2**20 and ours <= 1.1 * real
+        assert real <= 1.1 * ours + 24 * 2**20 and ours <= 1.1 * real
 
 
 # ---- the command

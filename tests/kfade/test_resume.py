@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from kfade_kernels import PackedSymmetric
+from manifests import manifest, rewrite
 from models import batch, hand_made, tiny
 from pages import run_examples
 from torch import Tensor
@@ -61,16 +61,6 @@ def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
                 assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (name, field.name)
             else:
                 assert ours == theirs, (name, field.name)
-
-
-def manifest(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "manifest.json").read_text())
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = manifest(directory)
-    change(content)
-    (directory / "manifest.json").write_text(json.dumps(content))
 
 
 class Cut(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from manifests import manifest, rewrite
 from models import batch, hand_made, tiny
 from safetensors.torch import load_file, save_file
 
@@ -35,16 +35,6 @@ def curvature() -> kfade.Curvature:
 def saved(curvature: kfade.Curvature, tmp_path: Path) -> Path:
     curvature.save(tmp_path / "curvature")
     return tmp_path / "curvature"
-
-
-def manifest(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "manifest.json").read_text())
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = manifest(directory)
-    change(content)
-    (directory / "manifest.json").write_text(json.dumps(content))
 
 
 # --------------------------------------------------------------------------------------- what is written
