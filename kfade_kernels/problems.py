@@ -57,7 +57,7 @@ def backends(*, enable: str = "", disable: str = "") -> Iterator[None]:
 
 def by_triton() -> AbstractContextManager[None]:
     """Context in which Triton's kernels serve what they can, seen correct here or not."""
-    return backends(enable="triton", disable="pytorch")
+    return backends(enable="triton", disable="pytorch,cpu")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Reference:
 
 def reference(problem: Problem) -> Reference:
     """Run the definition of the operation twice, in float64 and in the problem's dtype."""
-    with backends(disable="triton,pytorch"):
+    with backends(disable="triton,cuda,cpu,pytorch"):
         return Reference(problem.results(True), problem.results(False))
 
 

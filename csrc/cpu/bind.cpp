@@ -44,9 +44,19 @@ cpu::Rows rows(const char* name, const Matrix& given, int64_t count) {
   return {address<char>(name, data, count > 0 && width > 0, alignment), kind, stride, width, ones};
 }
 
-void syrk(const std::string& isa, uintptr_t packed, int64_t order, const Matrix& x, int64_t count, uintptr_t mask,
-          double alpha, int threads) {
+// (lines, columns)
+cpu::Blocks blocks(const cpu::Kernels& isa, const std::tuple<int64_t, int64_t>& given) {
+  const auto [lines, columns] = given;
+  size("lines", lines, 1);
+  size("columns", columns, 1);
+  require(columns % isa.lanes == 0, "columns", columns, ("a multiple of " + std::to_string(isa.lanes)).c_str());
+  return {lines, columns};
+}
+
+void syrk(const std::string& isa, const std::tuple<int64_t, int64_t>& sizes, uintptr_t packed, int64_t order,
+          const Matrix& x, int64_t count, uintptr_t mask, double alpha, int threads) {
   const cpu::Kernels& kernels = cpu::kernels(isa);
+  const cpu::Blocks tiled = blocks(kernels, sizes);
   size("order", order, 1);
   size("count", count, 0);
   require(threads >= 1, "threads", threads, "at least 1");
@@ -56,12 +66,14 @@ void syrk(const std::string& isa, uintptr_t packed, int64_t order, const Matrix&
   float* target = address<float>("packed", packed);
   const auto* keep = address<std::uint8_t>("mask", mask, false);
   py::gil_scoped_release release;
-  cpu::syrk(kernels, target, given, count, keep, static_cast<float>(alpha), threads);
+  cpu::syrk(kernels, tiled, target, given, count, keep, static_cast<float>(alpha), threads);
 }
 
-void squares(const std::string& isa, uintptr_t out, int64_t out_stride, const Matrix& left, const Matrix& right,
-             const std::vector<int64_t>& offsets, uintptr_t mask, int threads) {
+void squares(const std::string& isa, const std::tuple<int64_t, int64_t>& sizes, uintptr_t out, int64_t out_stride,
+             const Matrix& left, const Matrix& right, const std::vector<int64_t>& offsets, uintptr_t mask,
+             int threads) {
   const cpu::Kernels& kernels = cpu::kernels(isa);
+  const cpu::Blocks tiled = blocks(kernels, sizes);
   require(!offsets.empty(), "offsets length", 0, "at least 1");
   require(offsets[0] == 0, "offsets[0]", offsets[0], "0");
   for (std::size_t s = 1; s < offsets.size(); ++s) {
@@ -75,7 +87,7 @@ void squares(const std::string& isa, uintptr_t out, int64_t out_stride, const Ma
   float* target = address<float>("out", out, l.columns() > 0 && r.columns() > 0);
   const auto* keep = address<std::uint8_t>("mask", mask, false);
   py::gil_scoped_release release;
-  cpu::squares(kernels, target, out_stride, l, r, offsets, keep, threads);
+  cpu::squares(kernels, tiled, target, out_stride, l, r, offsets, keep, threads);
 }
 
 std::vector<std::string> isas() {
@@ -89,12 +101,12 @@ std::vector<std::string> isas() {
 void bind_cpu(py::module_& m) {
   m.def("packed_elements", &packed_elements, py::arg("order"));
   m.def("isas", &isas);
-  m.def("has_pairs", [](const std::string& isa) { return cpu::kernels(isa).pairs.add != nullptr; }, py::arg("isa"));
+  m.def("has_amx", &cpu::has_amx);
   m.def("parallel_runtime", &cpu::parallel_runtime);
-  m.def("syrk", &syrk, py::arg("isa"), py::arg("packed"), py::arg("order"), py::arg("x"), py::arg("count"),
-        py::arg("mask"), py::arg("alpha"), py::arg("threads"));
-  m.def("squares", &squares, py::arg("isa"), py::arg("out"), py::arg("out_stride"), py::arg("left"), py::arg("right"),
-        py::arg("offsets"), py::arg("mask"), py::arg("threads"));
+  m.def("syrk", &syrk, py::arg("isa"), py::arg("blocks"), py::arg("packed"), py::arg("order"), py::arg("x"),
+        py::arg("count"), py::arg("mask"), py::arg("alpha"), py::arg("threads"));
+  m.def("squares", &squares, py::arg("isa"), py::arg("blocks"), py::arg("out"), py::arg("out_stride"),
+        py::arg("left"), py::arg("right"), py::arg("offsets"), py::arg("mask"), py::arg("threads"));
 }
 
 }  // namespace kfade

@@ -2,6 +2,10 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace kfade::cpu {
 
 std::vector<const Kernels*> supported() {
@@ -29,6 +33,15 @@ const Kernels& kernels(const std::string& isa) {
     names += (names.empty() ? "" : ", ") + std::string(one->name);
   }
   throw std::invalid_argument("isa is '" + isa + "'; it must be one of [" + names + "] here");
+}
+
+bool has_amx() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  // Leaf 7 names amx_bf16 in bit 22.
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) return (d >> 22 & 1) != 0;
+#endif
+  return false;
 }
 
 }  // namespace kfade::cpu

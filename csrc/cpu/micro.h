@@ -33,6 +33,10 @@ inline void block(const Tile& tile, const std::uint32_t* a, const std::uint32_t*
                   std::int64_t columns) {
   constexpr int L = I::lanes, M = L / 2;
   const auto alpha = I::fill(tile.alpha);
+  // Where the sums go comes from memory while they are made.
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t v = 0; v < columns; v += 16) __builtin_prefetch(c + i * tile.c_stride + v, 1);
+  }
   for (std::int64_t s = 0; s < tile.segment_count; ++s) {
     const std::uint32_t* left = a + tile.segments[s].begin * L;
     const std::uint32_t* right = b + tile.segments[s].begin * L;

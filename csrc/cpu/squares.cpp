@@ -7,10 +7,7 @@
 namespace kfade::cpu {
 namespace {
 
-// Lines of a chunk of sequences: a block of the result stays in L1 for all of them. A longer sequence is a chunk.
-constexpr std::int64_t LINES = 512;
-constexpr std::int64_t ROWS = 128;
-constexpr std::int64_t BLOCKS = 4;
+constexpr std::int64_t TILE_ROWS = 128;
 
 struct Sequence {
   std::int64_t first, count;  // among the rows that are kept
@@ -19,12 +16,12 @@ struct Sequence {
 
 }  // namespace
 
-void squares(const Kernels& isa, float* out, std::int64_t out_stride, const Rows& left, const Rows& right,
-             const std::vector<std::int64_t>& offsets, const std::uint8_t* mask, int threads) {
+void squares(const Kernels& isa, const Blocks& blocks, float* out, std::int64_t out_stride, const Rows& left,
+             const Rows& right, const std::vector<std::int64_t>& offsets, const std::uint8_t* mask, int threads) {
   const bool in_pairs = left.element == Element::bf16 && right.element == Element::bf16 && isa.pairs.square != nullptr;
   const Products& products = in_pairs ? isa.pairs : isa.floats;
 
-  // A sequence without rows adds nothing.
+  // A sequence without rows adds nothing, and is in no chunk.
   std::vector<std::int64_t> kept;
   std::vector<std::vector<Sequence>> chunks;
   std::int64_t lines = 0, most = 0;
@@ -36,7 +33,7 @@ void squares(const Kernels& isa, float* out, std::int64_t out_stride, const Rows
     const std::int64_t count = static_cast<std::int64_t>(kept.size()) - first;
     if (count == 0) continue;
     const std::int64_t needed = ceil_div(count, products.rows_a_line);
-    if (chunks.empty() || lines + needed > LINES) {
+    if (chunks.empty() || lines + needed > blocks.lines) {
       chunks.emplace_back();
       lines = 0;
     }
@@ -46,8 +43,9 @@ void squares(const Kernels& isa, float* out, std::int64_t out_stride, const Rows
   }
   if (chunks.empty()) return;
 
-  const std::int64_t rows = left.columns(), columns = right.columns(), width = BLOCKS * 3 * isa.lanes;
-  const std::int64_t across = ceil_div(columns, width), tiles = ceil_div(rows, ROWS) * across;
+  // A block of the result stays in L1 for all sequences of a chunk.
+  const std::int64_t rows = left.columns(), columns = right.columns(), width = blocks.columns;
+  const std::int64_t across = ceil_div(columns, width), tiles = ceil_div(rows, TILE_ROWS) * across;
   const Panels a(left, isa.lanes, most), b(right, isa.lanes, most);
   for (const std::vector<Sequence>& chunk : chunks) {
     std::vector<Segment> segments;
@@ -59,9 +57,9 @@ void squares(const Kernels& isa, float* out, std::int64_t out_stride, const Rows
       }
     });
     parallel_for(tiles, threads, [&](std::int64_t i) {
-      const std::int64_t row = i / across * ROWS, column = i % across * width;
+      const std::int64_t row = i / across * TILE_ROWS, column = i % across * width;
       products.square({a.data(), b.data(), a.stride(), segments.data(), static_cast<std::int64_t>(segments.size()), row,
-                       std::min(row + ROWS, rows), column, std::min(column + width, columns), out + row * out_stride,
+                       std::min(row + TILE_ROWS, rows), column, std::min(column + width, columns), out + row * out_stride,
                        out_stride, 1.0f, false});
     });
   }

@@ -6,17 +6,8 @@
 #include "panels.h"
 
 namespace kfade::cpu {
-namespace {
-
-// Lines of a chunk: a block's three panels and its rows' panel then stay in L2 with room for other tiles'.
-constexpr std::int64_t LINES = 256;
-// Columns of a tile, in blocks of three vectors: small enough to deal evenly, large enough to use a packed row block.
-constexpr std::int64_t BLOCKS = 4;
-
-}  // namespace
-
-void syrk(const Kernels& isa, float* packed, const Rows& x, std::int64_t count, const std::uint8_t* mask, float alpha,
-          int threads) {
+void syrk(const Kernels& isa, const Blocks& blocks, float* packed, const Rows& x, std::int64_t count,
+          const std::uint8_t* mask, float alpha, int threads) {
   const bool in_pairs = x.element == Element::bf16 && isa.pairs.add != nullptr;
   const Products& products = in_pairs ? isa.pairs : isa.floats;
   std::vector<std::int64_t> kept;
@@ -27,15 +18,14 @@ void syrk(const Kernels& isa, float* packed, const Rows& x, std::int64_t count, 
   if (kept.empty()) return;
 
   const std::int64_t order = x.columns(), rows = static_cast<std::int64_t>(kept.size());
-  const std::int64_t chunk = std::min(LINES, ceil_div(rows, products.rows_a_line)) * products.rows_a_line;
-  const std::int64_t width = BLOCKS * 3 * isa.lanes;
+  const std::int64_t chunk = std::min(blocks.lines, ceil_div(rows, products.rows_a_line)) * products.rows_a_line;
 
   // Last block rows first: they are the longest, and short tiles are left for the end.
   std::vector<Tile> tiles;
   for (std::int64_t i = panel_count(order); i-- > 0;) {
     const Panel p = panel(order, i);
-    for (std::int64_t column = 0; column < p.stop; column += width) {
-      tiles.push_back({nullptr, nullptr, 0, nullptr, 1, p.start, p.stop, column, std::min(column + width, p.stop),
+    for (std::int64_t column = 0; column < p.stop; column += blocks.columns) {
+      tiles.push_back({nullptr, nullptr, 0, nullptr, 1, p.start, p.stop, column, std::min(column + blocks.columns, p.stop),
                        packed + p.offset, p.stop, alpha, true});
     }
   }

@@ -12,7 +12,7 @@ from .. import arguments as check
 from ..dispatch import Backend, declare
 from ..packed import PackedSymmetric
 from ..syrk import check_rows
-from . import pytorch, reference, triton
+from . import cpu, pytorch, reference, triton
 
 Accumulators = PackedSymmetric | Sequence[PackedSymmetric]
 Rows = Tensor | Sequence[Tensor]
@@ -79,6 +79,7 @@ _accumulate = declare(
     lambda *_: None,
     [
         Backend("triton", triton.run, triton.refuses, triton.configuration),
+        Backend("cpu", cpu.run, cpu.refuses, cpu.configuration),
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
         Backend("reference", reference.run),
     ],

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import arguments as check
 from ..dispatch import Backend, declare
 from ..rotation import check_basis
-from . import pytorch, reference, triton
+from . import cpu, pytorch, reference, triton
 
 
 def _check_tokens(g: Tensor, a: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -79,6 +79,7 @@ _correct = declare(
     lambda *_: None,
     [
         Backend("triton", triton.run, triton.refuses, triton.configuration),
+        Backend("cpu", cpu.run, cpu.refuses, cpu.configuration),
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
         Backend("reference", reference.run),
     ],

@@ -101,6 +101,7 @@ def test_a_mask_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         looks.append(mask)
         return kept_rows(mask)
 
+    monkeypatch.setenv("KFADE_DISABLE", "cpu")
     monkeypatch.setattr(syrk_pytorch, "kept_rows", counted)
     acc_a, acc_s = ([kk.PackedSymmetric(5) for _ in range(4)] for _ in range(2))
     a, g = ([torch.randn(2, 9, 5) for _ in range(4)] for _ in range(2))

@@ -8,6 +8,7 @@ from typing import Any
 import kfade_kernels as kk
 import pytest
 import torch
+from kfade_kernels import native
 from kfade_kernels.precision import float32_products
 from kfade_kernels.syrk import pytorch as syrk_pytorch
 from oracles import assert_close, orthogonal
@@ -175,9 +176,13 @@ def test_every_operation_is_declared() -> None:
 def test_explain_says_who_and_why(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args, kwargs = public_arguments(operation)
     said = kk.explain(operation, *args, **kwargs)
-    assert (said.operation, said.backend) == (operation, "pytorch")
+    in_cpp = native.missing is None and operation in ("syrk_", "accumulate_factors_", "eigenvalue_correction_")
+    assert (said.operation, said.backend) == (operation, "cpu" if in_cpp else "pytorch")
     assert said.configuration and said.backend in str(said)
-    monkeypatch.setenv("KFADE_DISABLE", "triton, pytorch")
+    monkeypatch.setenv("KFADE_DISABLE", "cpu")
+    said = kk.explain(operation, *args, **kwargs)
+    assert said.backend == "pytorch" and said.configuration
+    monkeypatch.setenv("KFADE_DISABLE", "triton, cpu, pytorch")
     said = kk.explain(operation, *args, **kwargs)
     assert said.backend == "reference"
     assert ("pytorch", "disabled by KFADE_DISABLE") in said.refused
@@ -274,6 +279,7 @@ def test_tf32_of_the_whole_program_does_not_reach_an_operation(kind: str, monkey
         seen.append(float32_settings())
         run(*arguments)
 
+    monkeypatch.setenv("KFADE_DISABLE", "cpu")
     monkeypatch.setattr(syrk_pytorch, "add", recording)
     torch.set_float32_matmul_precision(kind)
     before = float32_settings()
