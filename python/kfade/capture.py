@@ -194,6 +194,7 @@ class Capture:
         self._batch: Batch | None = None
         self._waiting: dict[str, list[Pair]] = {}
         self._delivered: set[str] = set()
+        self._ran = False
 
     def _on_forward(self, layer: Layer, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         batch = self._batch
@@ -222,7 +223,7 @@ class Capture:
     def running(self, batch: Batch) -> Iterator[Tensor]:
         """Run the model forward on `batch` and yield its loss rows; the caller backpropagates."""
         with layer_hooks(self._layers, self._on_forward):
-            self._batch = batch
+            self._batch, self._ran = batch, True
             self._waiting.clear()
             try:
                 yield self._head.rows(batch)
@@ -238,8 +239,8 @@ class Capture:
                 self._consume(layer, pairs, batch)
 
     def require_all(self) -> None:
-        """After a pass: raise UnsupportedLayerError for a layer whose output gradients never came."""
-        missing = [layer.name for layer in self._layers if layer.name not in self._delivered]
+        """After a pass with batches: raise UnsupportedLayerError for a layer whose output gradients never came."""
+        missing = [layer.name for layer in self._layers if self._ran and layer.name not in self._delivered]
         if missing:
             raise UnsupportedLayerError(
                 f"layer {missing[0]} cannot be handled: no gradient of its output ever arrived (it does not reach the"

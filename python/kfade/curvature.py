@@ -74,6 +74,7 @@ class LayerCurvature:
         lambda_sum: `Σ_n (Q_Sᵀ G_n Q_A)∘²`, `[d_out, d_in (+ 1)]`. Of a thin basis it has k + 1 rows or columns, and in
             the last the means over all other directions.
         a_sketch, s_sketch: of a factor that is to have a thin basis, until it has it.
+        input_owner: the rank that has A_sum, where several ranks share the fit and another one has it.
     """
 
     name: str
@@ -93,6 +94,7 @@ class LayerCurvature:
     lambda_sum: Tensor | None = field(default=None, repr=False)
     a_sketch: Sketch | None = field(default=None, repr=False)
     s_sketch: Sketch | None = field(default=None, repr=False)
+    input_owner: int | None = None
 
     @property
     def low_rank(self) -> bool:
@@ -106,6 +108,8 @@ class LayerCurvature:
     def _need(self, value: _State | None, what: str) -> _State:
         if value is None:
             why = "it was fitted with a rank" if self.low_rank else "the curvature was fitted without"
+            if self.input_owner is not None and what == "input factor" and not self.low_rank:
+                why = f"it is with rank {self.input_owner}; save the curvature and load it to have all of it"
             raise ValueError(f"layer {self.name} has no {what}: {why}")
         return value
 

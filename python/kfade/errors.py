@@ -19,6 +19,10 @@ class MissingLibraryError(KfadeError, ImportError):
     """A library that this needs is not installed; the message names the extra that brings it."""
 
 
+class RankError(KfadeError, RuntimeError):
+    """Another rank of a process group failed or has ended; the message names it, and why if it could say so."""
+
+
 class StorageError(KfadeError, ValueError):
     """A saved directory or file is missing, incomplete, corrupt, or belongs to something else."""
 

@@ -11,12 +11,24 @@ from typing import Protocol
 import torch
 from kfade_kernels import PackedSymmetric
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .capture import Capture, Pair, deterministic_mode, frozen, graph_from_embeddings, trace
 from .config import FitConfig
 from .correction import CorrectionCollector
 from .curvature import Curvature, LayerCurvature, Sketch
 from .decomposition import decompose, decompose_sketch
+from .distributed import (
+    Owners,
+    Ranks,
+    ShardedCurvature,
+    kept_here,
+    made_from,
+    owners_of,
+    reduce_corrections,
+    reduce_factors,
+    spread_bases,
+)
 from .factors import FactorCollector
 from .layers import Layer, in_passes, select
 from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch
@@ -158,19 +170,19 @@ def decompose_states(
     done: Callable[[str, str], None] = lambda name, stage: None,
     rank: int | None = None,
 ) -> None:
-    """Eigenvectors and eigenvalues of the factors of states, where they have none yet.
+    """Eigenvectors and eigenvalues of the factors of states, where they have a factor and no eigenvectors yet.
 
     `done(name, stage)` is called after each factor, with the stage that it is of its layer. Sketches, of which `rank`
     eigenpairs are taken, are freed on the way.
     """
     for state in states.values():
         leader = states[state.group]
-        if leader.q_in is None:
+        if leader.q_in is None and (leader.a_sum or leader.a_sketch):
             leader.lambda_in, leader.q_in = _decompose(leader.a_sum, leader.a_sketch, leader.positions, rank)
             leader.a_sketch = None
             done(leader.name, "input_decomposition")
         state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
-        if state.q_out is None:
+        if state.q_out is None and (state.s_sum or state.s_sketch):
             state.lambda_out, state.q_out = _decompose(state.s_sum, state.s_sketch, state.losses, rank)
             state.s_sketch = None
             done(state.name, "decomposition")
@@ -196,10 +208,13 @@ def _fit_layers(
     suffix: str,
     decomposes: bool,
     store: FitStore,
+    ranks: Ranks,
+    owners: Owners,
+    losses: int,
 ) -> dict[str, LayerCurvature]:
+    states = new_states(layers, losses)
     if config.curvature == "identity":
-        return new_states(layers, 0)
-    states = new_states(layers, loss_count(batches, config))
+        return states
     store.restore(states)
     device, dtype = device_of(model), state_dtype(model)
 
@@ -216,23 +231,26 @@ def _fit_layers(
             rest = store.resume(part, FACTORS, batches)
             with progress.stage(f"factors A, S{suffix}", sum(batch.tokens for batch in rest)) as stage:
                 factors = FactorCollector(part, dtype, device, config.rank)
-                collect_factors(head, todo, store.watch(rest), config, factors, stage.advance)
+                collect_factors(head, todo, ranks.watch(store.watch(rest)), config, factors, stage.advance)
+                reduce_factors(ranks, owners, part)
             store.put(part, FACTORS)
         if not decomposes:
             return states
-        left = sum(x.q_out is None for x in states.values()) + sum(
-            states[x.name].q_in is None for x in layers if x.leads
+        left = sum(x.q_out is None and owners.outputs[x.name] == ranks.rank for x in states.values()) + sum(
+            states[x.name].q_in is None and owners.inputs[x.name] == ranks.rank for x in layers if x.leads
         )
         next_stage()
         if left:
             with progress.stage(f"eigendecomposition{suffix}", left, "factor") as stage:
 
                 def decomposed(name: str, which: str) -> None:
+                    ranks.check()
                     stage.advance(1)
                     store.put({name: states[name]}, [which])
 
                 decompose_states(states, decomposed, config.rank)
                 store.release(states, FACTORS)
+        spread_bases(ranks, owners, states, config, torch.empty(0, dtype=dtype, device=device))
 
     next_stage()
     if config.curvature in ("diagonal", "ekfac"):
@@ -247,21 +265,28 @@ def _fit_layers(
                         stage.advance(batch.tokens)
 
                 correction = CorrectionCollector(part, todo, dtype, device)
-                run_fisher(head, todo, store.watch(rest), config, correction, after)
+                run_fisher(head, todo, ranks.watch(store.watch(rest)), config, correction, after)
+                reduce_corrections(ranks, owners, part)
             store.put(part, CORRECTION)
     store.release(states)
     return states
 
 
-def _fit_states(
+def _fit(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
     config: FitConfig,
     progress: Progress,
     decomposes: bool,
     store: str | Path | None = None,
-) -> dict[str, LayerCurvature]:
+    group: ProcessGroup | None = None,
+) -> Curvature:
     """What `fit` and `fit_factors` share."""
+    if store is not None and group is not None:
+        raise ValueError(
+            f"store is {store} and a group is given: a fit that ranks share cannot save itself as it goes; leave store"
+            " out, and save the curvature afterwards"
+        )
     if store is not None and config.rank is not None:
         raise ValueError(
             f"store is {store} and config.rank is {config.rank}: a low-rank fit cannot save itself as it goes; leave"
@@ -271,10 +296,16 @@ def _fit_states(
     checked = check_batches(batches, device_of(model))
     tracked = {module for layer in layers for module in layer.modules}
     states: dict[str, LayerCurvature] = {}
+    inputs: dict[str, LayerCurvature] = {}
+    owned: list[Owners] = []
     at_most = config.layers_per_pass
-    if config.device_memory is not None:
-        at_most = plan_fit(model, checked, config, stored=store is not None).layers_per_pass
     with ExitStack() as stack:
+        ranks = stack.enter_context(Ranks(group))
+        if group is not None:
+            ranks.require_same(made_from(model, checked, config))
+        if config.device_memory is not None:
+            at_most = plan_fit(model, checked, config, stored=store is not None).layers_per_pass
+            at_most = min((n for n in ranks.gather(at_most) if n is not None), default=None)
         for context in (deterministic_mode(model), frozen(model), graph_from_embeddings(model)):
             stack.enter_context(context)
         head = Head(model, checked[0], tracked, config.autocast)
@@ -282,12 +313,23 @@ def _fit_states(
         kept = stack.enter_context(FitStore(store, config, progress))
         losses = 0 if config.curvature == "identity" else loss_count(checked, config)
         kept.open(model, model_id(model), new_states(layers, losses), checked, device_of(model), state_dtype(model))
+        mine = ranks.share(checked)
         passes = in_passes(layers, at_most)
         for number, part in enumerate(passes, 1):
             suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
-            states.update(_fit_layers(model, head, part, checked, config, progress, suffix, decomposes, kept))
+            owned.append(owners_of(part, ranks.size, config.rank, owned))
+            found = _fit_layers(
+                model, head, part, mine, config, progress, suffix, decomposes, kept, ranks, owned[-1], losses
+            )
+            for states_here, new in zip((states, inputs), kept_here(ranks, owned[-1], found), strict=True):
+                states_here.update(new)
         kept.finish()
-    return {layer.name: states[layer.name] for layer in layers}
+    ordered = {layer.name: states[layer.name] for layer in layers if layer.name in states}
+    if group is None:
+        return Curvature(replace(config), model_id(model), ordered)
+    outputs = {name: rank for owners in owned for name, rank in owners.outputs.items()}
+    whose = {layer.name: outputs[layer.name] for layer in layers}
+    return ShardedCurvature(replace(config), model_id(model), ordered, whose, group, inputs)
 
 
 def fit(
@@ -297,6 +339,7 @@ def fit(
     *,
     progress: Progress | None = None,
     store: str | Path | None = None,
+    group: ProcessGroup | None = None,
 ) -> Curvature:
     """Fit the curvature of a causal language model on a retain set.
 
@@ -310,23 +353,26 @@ def fit(
         store: a directory to save the curvature in as it is fitted; not with a rank. Where the fit is cut off, by
             whatever, the same call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the
             batch or factor in hand. On a CPU the states that are returned are mapped from its files. None saves
-            nothing.
+            nothing; with a group it must be None.
+        group: the ranks that share the fit; each calls this with the same arguments, all batches among them. None:
+            this process alone, whatever is initialised.
 
     Returns:
-        A mapping from layer names to their curvature.
+        A mapping from layer names to their curvature; with a group a `ShardedCurvature`, of the layers that this rank
+        owns.
 
     Raises:
         StorageError: `store` holds something else than this fit, or a corrupt file.
         ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes; or
-            there is both a `store` and a rank.
+            there is both a `store` and a rank or a group; or ranks were given different batches, options or weights.
+        RankError: another rank of the group failed or has ended.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.
         ValueError: no batch, no loss position, or a selection that matches nothing.
         UnsupportedLayerError: a selected layer cannot be handled exactly.
         NonFiniteError: a batch gives a NaN or an infinity; it is named.
     """
     config = config or FitConfig()
-    states = _fit_states(model, batches, config, progress or Progress(), True, store)
-    return Curvature(replace(config), model_id(model), states)
+    return _fit(model, batches, config, progress or Progress(), True, store, group)
 
 
 def fit_factors(
@@ -340,7 +386,7 @@ def fit_factors(
         raise ValueError(f"config.curvature is {config.curvature!r}; it must be 'kfac'")
     if config.rank is not None:
         raise ValueError(f"config.rank is {config.rank}; whole factors are asked for: it must be None")
-    return _fit_states(model, batches, config, progress, decomposes=False)
+    return _fit(model, batches, config, progress, decomposes=False).layers
 
 
 def sampled_labels(

@@ -257,11 +257,25 @@ def counts_of(state: LayerCurvature) -> dict[str, Any]:
     return {name: getattr(state, name) for name in COUNTS}
 
 
+def begin_directory(directory: Path) -> None:
+    """Make a directory, or take back what one holds by removing its manifest."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)
+
+
+def write_manifest(
+    curvature: Curvature,
+    directory: Path,
+    layers: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Name what was written into a directory; see `manifest_of`."""
+    write_text(directory / MANIFEST, json.dumps(manifest_of(curvature, layers, files), indent=1))
+
+
 def save_curvature(curvature: Curvature, directory: Path) -> None:
     """Write `curvature` into `directory`, which is made if need be; the manifest comes last."""
-    directory.mkdir(parents=True, exist_ok=True)
-    manifest_path = directory / MANIFEST
-    manifest_path.unlink(missing_ok=True)
+    begin_directory(directory)
     files: dict[str, dict[str, str]] = {}
     for number, state in enumerate(curvature.values()):
         for stage in stages_of(state):
@@ -269,8 +283,7 @@ def save_curvature(curvature: Curvature, directory: Path) -> None:
             if tensors:
                 name, entry = write_stage(directory, number, state.name, stage, tensors)
                 files[name] = entry
-    layers = {name: counts_of(state) for name, state in curvature.items()}
-    write_text(manifest_path, json.dumps(manifest_of(curvature, layers, files), indent=1))
+    write_manifest(curvature, directory, {name: counts_of(state) for name, state in curvature.items()}, files)
 
 
 def _check_model(model: nn.Module, states: Mapping[str, LayerCurvature], directory: Path) -> None:

@@ -1,0 +1,438 @@
+"""The ranks of a process group that share a fit, and who of them has what.
+
+Every rank is given all batches and runs its share of them; a batch is the unit. Sums over batches are added up once a
+pass, each at its *owner*: one rank for the factor A of an input group, one for S and Λ of a layer. Owners decompose at
+the same time, and the eigenvectors go to all ranks for the pass that measures Λ.
+
+    batches  ─ shared out ─►  A_sum, S_sum   ─ reduce ─►   eigh    ─ broadcast ─►  Λ_sum   ─ reduce ─►  curvature
+                              on every rank                owners                  on every rank         owners
+
+What is small (counts, measured sums, names of files) goes through the group's store as JSON. There ranks meet before
+tensors are exchanged, so that a rank which fails, or is gone, ends the others with its name and leaves none of them in
+a collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import FitConfig
+from .curvature import Curvature, LayerCurvature
+from .errors import RankError
+from .layers import Layer
+from .loss import Batch
+from .storage import (
+    SHARED,
+    STAGES,
+    begin_directory,
+    counts_of,
+    shapes_of,
+    stage_tensors,
+    stages_of,
+    tensors_sha256,
+    write_manifest,
+    write_stage,
+)
+
+# Every rank gives a sign of life so often; one that gave none for so long is taken for dead.
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 10.0
+# How long a rank sleeps between two looks at whether the others have come.
+_LOOKS = (0.0005, 0.02)
+
+
+def share_out(costs: Sequence[float], ranks: int, before: Sequence[float] | None = None) -> list[int]:
+    """A rank for each item, the dearest first and each to the one with the least so far.
+
+    Args:
+        costs: of the items.
+        ranks: how many there are.
+        before: what ranks have from earlier on, which decides between equals; then the lower number does.
+    """
+    now = [0.0] * ranks
+    earlier = before or [0.0] * ranks
+    chosen = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        chosen[item] = min(range(ranks), key=lambda r: (now[r], earlier[r] + now[r], r))
+        now[chosen[item]] += costs[item]
+    return chosen
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Who decomposes and keeps what.
+
+    Attributes:
+        inputs: the rank of the factor A of each input group, by the layer that leads it.
+        outputs: the rank of S and Λ of each layer.
+    """
+
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+
+
+class _Watch:
+    """A thread that gives signs of life, looks for those of the next rank, and hears of failures.
+
+    Each rank looks at one other, so that the traffic of the store grows with the number of ranks only.
+    """
+
+    def __init__(self, store: dist.Store, prefix: str, rank: int, size: int) -> None:
+        self._store, self._prefix, self._rank = store, prefix, rank
+        self._next = (rank + 1) % size
+        self._failure: str | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kfade-ranks", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        last, heard, number = b"", time.monotonic(), 0
+        failed, theirs = f"{self._prefix}/failed", f"{self._prefix}/beat/{self._next}"
+        try:
+            while not self._end.is_set() and self._failure is None:
+                self._store.set(f"{self._prefix}/beat/{self._rank}", str(number))
+                number += 1
+                beat = self._store.get(theirs) if self._store.check([theirs]) else b""
+                if beat != last:
+                    last, heard = beat, time.monotonic()
+                if time.monotonic() - heard > SILENT_SECONDS:
+                    self.report(f"rank {self._next} gave no sign of life for {SILENT_SECONDS:g} s: it has ended")
+                if self._store.check([failed]):
+                    self._failure = self._store.get(failed).decode()
+                self._end.wait(BEAT_SECONDS)
+        except Exception as error:
+            # Under torchrun the launcher keeps the store, else usually rank 0.
+            self._failure = f"the store of the process group is gone, so the process that kept it has ended: {error}"
+
+    def report(self, failure: str) -> None:
+        """Tell all ranks; the first failure counts."""
+        self._store.compare_set(f"{self._prefix}/failed", "", failure)
+
+    def raise_if_failed(self) -> None:
+        if self._failure is not None:
+            raise RankError(self._failure)
+
+    def wait(self) -> None:
+        """Raise the failure of a rank that has gone, when it is noticed."""
+        until = time.monotonic() + SILENT_SECONDS + 3 * BEAT_SECONDS
+        while time.monotonic() < until:
+            self.raise_if_failed()
+            time.sleep(BEAT_SECONDS / 10)
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether another process ended while this one waited for it in a collective."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+class Ranks:
+    """The processes of a group; a context, which all of them leave together or by an error.
+
+    Without a group it is this process alone, and no method does anything.
+
+    Args:
+        group: whose ranks take part; all of them enter.
+
+    Attributes:
+        rank, size: of this process in the group, and how many there are.
+
+    Raises:
+        TypeError: `group` is no process group.
+        RankError: while inside, another rank failed or has ended; the message names it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"group is {group!r}; it must be a process group such as torch.distributed.group.WORLD, or None"
+            )
+        self._group = group
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+
+    def __enter__(self) -> Ranks:
+        if self._group is not None:
+            self._store: dist.Store = dist.distributed_c10d._get_process_group_store(self._group)
+            number = (self._store.add("kfade/runs", 1) - 1) // self.size
+            self._prefix, self._meetings = f"kfade/{number}", 0
+            self._watch = _Watch(self._store, self._prefix, self.rank, self.size)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._group is None:
+            return
+        try:
+            if error is None:
+                self.gather(None)
+            elif not isinstance(error, RankError):
+                if _is_lost_connection(error):
+                    self._watch.wait()
+                self._watch.report(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+        finally:
+            self._watch.close()
+
+    # ---- what is small
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, in their order; all ranks come here.
+
+        Raises:
+            RankError: another rank does not come, since it failed.
+        """
+        if self._group is None:
+            return [value]
+        keys = [f"{self._prefix}/{self._meetings}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], json.dumps(value))
+        pause, longest = _LOOKS
+        while not self._store.check(keys):
+            self._watch.raise_if_failed()
+            time.sleep(pause)
+            pause = min(longest, 2 * pause)
+        if self._meetings:
+            # Whoever has come here has read what was told at the last meeting.
+            self._store.delete_key(f"{self._prefix}/{self._meetings - 1}/{self.rank}")
+        self._meetings += 1
+        return [json.loads(self._store.get(key)) for key in keys]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Sums over ranks, in their order: the same bits on each."""
+        return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
+
+    def require_same(self, values: Mapping[str, str]) -> None:
+        """Raise ValueError, on all ranks, for a value that is not the same on all of them.
+
+        Args:
+            values: by what the error calls them.
+        """
+        first, *others = self.gather(values)
+        for rank, other in enumerate(others, 1):
+            for name, value in other.items():
+                if value != first[name]:
+                    raise ValueError(
+                        f"{name} of rank {rank} differ from those of rank 0; every rank must have the same"
+                    )
+
+    # ---- batches
+
+    def share(self, batches: Sequence[Batch], idle: Batch | None = None) -> list[Batch]:
+        """The batches of this rank, in their order.
+
+        Args:
+            batches: all of them.
+            idle: what a rank with fewer batches than another runs in their place, where all must run as many.
+        """
+        owners = share_out([batch.input_ids.numel() for batch in batches], self.size)
+        mine = [batch for batch, owner in zip(batches, owners, strict=True) if owner == self.rank]
+        if idle is not None and batches:
+            mine += [idle] * (max(owners.count(rank) for rank in range(self.size)) - len(mine))
+        return mine
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; ends with RankError where another rank failed meanwhile."""
+        for batch in batches:
+            self.check()
+            yield batch
+
+    def check(self) -> None:
+        """Raise RankError if another rank failed."""
+        if self._group is not None:
+            self._watch.raise_if_failed()
+
+    # ---- tensors
+
+    def reduce(self, tensors: Iterable[tuple[Tensor, int]]) -> None:
+        """Add up tensors over ranks, each at its owner; elsewhere they are undefined afterwards."""
+        if self._group is None:
+            return
+        self.gather(None)
+        for tensor, owner in tensors:
+            dist.reduce(tensor, group_dst=owner, group=self._group)
+
+    def broadcast(self, tensors: Iterable[tuple[Tensor, int]]) -> None:
+        """Give all ranks what the owner of each contiguous tensor has in it."""
+        if self._group is None:
+            return
+        self.gather(None)
+        for tensor, owner in tensors:
+            dist.broadcast(tensor, group_src=owner, group=self._group)
+
+
+# ---- the stages of a fit
+
+
+def made_from(model: nn.Module, batches: Sequence[Batch], config: FitConfig) -> dict[str, str]:
+    """What must be the same on all ranks; of weights a sum of their bits, exact in any order."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [int(p.detach().view(kinds[p.itemsize]).sum(dtype=torch.int64)) for p in model.parameters()]
+    values = [{"input_ids": b.input_ids, "attention": b.attention, "labels": b.labels} for b in batches]
+    return {
+        "batches": tensors_sha256(values),
+        "options": repr(config),
+        "the model's weights": hashlib.sha256(repr(sums).encode()).hexdigest(),
+    }
+
+
+def owners_of(layers: Sequence[Layer], ranks: int, rank: int | None, before: Sequence[Owners] = ()) -> Owners:
+    """Owners of the factors of some layers, by the cost of their decomposition.
+
+    Args:
+        layers: of one pass.
+        ranks: how many there are.
+        rank: k of the fit; None for whole factors.
+        before: owners of earlier passes, whose layers stay with them.
+    """
+    leaders = [layer for layer in layers if layer.leads]
+    orders = [layer.width_in for layer in leaders] + [layer.d_out for layer in layers]
+    costs = [float(n) ** 3 if rank is None else float(n) * min(n, rank) ** 2 for n in orders]
+    kept = [float(sum([*o.inputs.values(), *o.outputs.values()].count(r) for o in before)) for r in range(ranks)]
+    chosen = share_out(costs, ranks, kept)
+    names = [layer.name for layer in leaders], [layer.name for layer in layers]
+    inputs, outputs = chosen[: len(leaders)], chosen[len(leaders) :]
+    return Owners(dict(zip(names[0], inputs, strict=True)), dict(zip(names[1], outputs, strict=True)))
+
+
+def reduce_factors(ranks: Ranks, owners: Owners, states: Mapping[str, LayerCurvature]) -> None:
+    """Add up A_sum, S_sum (or their sketches) and P over ranks; a sum then is with its owner alone."""
+    if ranks.size == 1:
+        return
+    positions = ranks.gather({name: state.positions for name, state in states.items()})
+    summed: list[tuple[Tensor, int]] = []
+    for name, state in states.items():
+        state.positions = sum(counts[name] for counts in positions)
+        sides = [(state.s_sum, state.s_sketch, owners.outputs[name])]
+        if state.group == name:
+            sides.append((state.a_sum, state.a_sketch, owners.inputs[name]))
+        for total, sketch, owner in sides:
+            parts = [total.data] if total is not None else [sketch.y, sketch.trace] if sketch is not None else []
+            summed += [(part, owner) for part in parts]
+    ranks.reduce(summed)
+    for name, state in states.items():
+        if owners.outputs[name] != ranks.rank:
+            state.s_sum = state.s_sketch = None
+        if owners.inputs[state.group] != ranks.rank:
+            state.a_sum = state.a_sketch = None
+
+
+def spread_bases(
+    ranks: Ranks, owners: Owners, states: Mapping[str, LayerCurvature], config: FitConfig, like: Tensor
+) -> None:
+    """Give ranks the eigenvectors and eigenvalues that others have computed: to measure Λ, all; else those of A.
+
+    Args:
+        ranks: who they are.
+        owners: who has computed what.
+        states: of one pass.
+        config: of the fit.
+        like: a tensor of the dtype and on the device of the state.
+    """
+    if ranks.size == 1:
+        return
+
+    def given(state: LayerCurvature, names: Sequence[str], owner: int) -> list[tuple[Tensor, int]]:
+        for name in names:
+            if getattr(state, name) is None:
+                setattr(state, name, like.new_empty(shapes_of(state, config.rank)[name]))
+        return [(getattr(state, name), owner) for name in names]
+
+    sent = []
+    for name, state in states.items():
+        if state.group == name:
+            sent += given(state, STAGES["input_decomposition"], owners.inputs[name])
+        if config.curvature == "ekfac":
+            sent += given(state, STAGES["decomposition"], owners.outputs[name])
+    ranks.broadcast(sent)
+    for state in states.values():
+        leader = states[state.group]
+        state.q_in, state.lambda_in = leader.q_in, leader.lambda_in
+
+
+def reduce_corrections(ranks: Ranks, owners: Owners, states: Mapping[str, LayerCurvature]) -> None:
+    """Add up Λ_sum over ranks, each at its owner."""
+    if ranks.size > 1:
+        ranks.reduce((s.lambda_sum, owners.outputs[name]) for name, s in states.items() if s.lambda_sum is not None)
+
+
+def kept_here(
+    ranks: Ranks, owners: Owners, states: Mapping[str, LayerCurvature]
+) -> tuple[dict[str, LayerCurvature], dict[str, LayerCurvature]]:
+    """Of a finished pass, the layers that this rank owns, and those of whose input group it owns the factor A."""
+    layers = {name: state for name, state in states.items() if owners.outputs[name] == ranks.rank}
+    inputs = {name: states[name] for name, owner in owners.inputs.items() if owner == ranks.rank}
+    for state in layers.values():
+        owner = owners.inputs[state.group]
+        state.input_owner = None if owner == ranks.rank else owner
+    for state in inputs.values():
+        if state.name not in layers:
+            state.q_out = state.lambda_out = state.lambda_sum = None
+    return layers, inputs
+
+
+class ShardedCurvature(Curvature):
+    """A curvature whose layers are shared out to the ranks of a process group.
+
+    As a mapping it has the layers of this rank, with which it solves. `save` makes a directory that every rank can
+    `Curvature.load` whole: mapped from its files, they share the memory of their machine.
+
+    Attributes:
+        owners: the rank of each layer of the model, in its order.
+    """
+
+    def __init__(
+        self,
+        config: FitConfig,
+        model_id: str,
+        layers: Mapping[str, LayerCurvature],
+        owners: Mapping[str, int],
+        group: dist.ProcessGroup,
+        inputs: Mapping[str, LayerCurvature],
+    ) -> None:
+        super().__init__(config, model_id, layers)
+        self.owners = dict(owners)
+        self._group, self._inputs = group, dict(inputs)
+
+    def __getitem__(self, name: str) -> LayerCurvature:
+        if name in self.owners and name not in self.layers:
+            raise KeyError(
+                f"{name} is with rank {self.owners[name]}; save the curvature and load it to have all layers"
+            )
+        return super().__getitem__(name)
+
+    def save(self, directory: str | Path) -> None:
+        """Write one directory together: each rank its files, and rank 0 the manifest; all ranks call it."""
+        directory = Path(directory)
+        numbers = {name: number for number, name in enumerate(self.owners)}
+        with Ranks(self._group) as ranks:
+            if ranks.rank == 0:
+                begin_directory(directory)
+            ranks.gather(None)
+            files = {}
+            for states, shared in ((self.layers, False), (self._inputs, True)):
+                for name, state in states.items():
+                    for stage in (x for x in stages_of(state) if (x in SHARED) == shared):
+                        tensors = stage_tensors(state, stage)
+                        if tensors:
+                            file, entry = write_stage(directory, numbers[name], name, stage, tensors)
+                            files[file] = entry
+            told = ranks.gather({"files": files, "layers": {n: counts_of(s) for n, s in self.layers.items()}})
+            if ranks.rank == 0:
+                layers = {name: told[owner]["layers"][name] for name, owner in self.owners.items()}
+                named = sorted((file, entry) for values in told for file, entry in values["files"].items())
+                write_manifest(self, directory, layers, dict(named))

@@ -1,0 +1,139 @@
+"""A fit that several ranks share, beside the same fit in one process; ranks that fail, and ranks that are gone."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import models
+import oracles
+import pytest
+import rank_work
+import torch
+from rank_work import CASES, batches, fit_and_save
+from ranks import run_ranks
+from torch import Tensor
+
+import kfade
+from kfade import Curvature, distributed
+from kfade.errors import RankError
+from kfade.layers import select
+
+# In float64 the order of a sum changes its last bits, and eigenvectors by those over the gaps of the spectrum.
+ROUNDING = 1e-11
+
+
+def values_of(state: kfade.LayerCurvature) -> dict[str, Tensor]:
+    """What a fit measures of a layer. Signs of eigenvectors, and bases of multiple eigenvalues, are nobody's."""
+    values = {name: getattr(state, name) for name in ("lambda_in", "lambda_out", "lambda_sum")}
+    for name, total in (("A", state.a_sum), ("S", state.s_sum)):
+        values[name] = None if total is None else total.to_dense()
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def require_close(found: Curvature, truth: Curvature, tolerance: float = ROUNDING) -> None:
+    assert list(found) == list(truth)
+    for name, state in truth.items():
+        here, there = values_of(found[name]), values_of(state)
+        assert here.keys() == there.keys()
+        assert (found[name].positions, found[name].losses) == (state.positions, state.losses)
+        for key, value in there.items():
+            oracles.assert_close(here[key], value, tolerance, f"{key} of {name}")
+
+
+# ------------------------------------------------------------------------------------------------- a fit
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_fit_what_one_process_fits(size: int, tmp_path: Path) -> None:
+    told = run_ranks(fit_and_save, size, tmp_path, tmp_path)
+    for name, config in CASES.items():
+        model = models.tiny("llama")
+        one, many = kfade.fit(model, batches(), config), Curvature.load(tmp_path / name, model)
+        require_close(many, one)
+        assert sorted(layer for rank in told for layer in rank[name]) == sorted(one), "each layer has one owner"
+        if size == 1:
+            for layer, state in one.items():
+                for key, value in values_of(state).items():
+                    assert torch.equal(values_of(many[layer])[key], value), f"{key} of {layer}"
+        one.save(tmp_path / f"whole {name}")
+        there, here = ({p.name for p in (tmp_path / x).iterdir()} for x in (f"whole {name}", name))
+        assert here == there, "the same files, whoever writes them"
+
+
+def test_owners_share_the_cost() -> None:
+    layers = select(models.tiny("llama", num_hidden_layers=6), "mlp")
+    owners = distributed.owners_of(layers, 4, None)
+    orders = [(layer.width_in, owners.inputs[layer.name]) for layer in layers if layer.leads]
+    orders += [(layer.d_out, owners.outputs[layer.name]) for layer in layers]
+    loads = [sum(n**3 for n, owner in orders if owner == rank) for rank in range(4)]
+    # Greedy, the dearest first: no rank has more than the least one and one item.
+    assert max(loads) - min(loads) <= max(n for n, _ in orders) ** 3
+
+
+def test_items_go_to_who_has_least() -> None:
+    assert distributed.share_out([5.0, 1.0, 4.0, 3.0], 2) == [0, 0, 1, 1]
+    assert distributed.share_out([1.0] * 5, 3) == [0, 1, 2, 0, 1], "equals in turn"
+    assert distributed.share_out([1.0, 1.0], 2, [3.0, 0.0]) == [1, 0], "who had less before comes first"
+    assert distributed.share_out([], 2) == []
+
+
+def test_what_a_rank_has_of_a_fit(tmp_path: Path) -> None:
+    """Layers of another rank are refused by name, and never solved with as if they had no curvature."""
+    first, second = run_ranks(rank_work.look_around, 2, tmp_path)
+    assert first["held"].isdisjoint(second["held"]) and first["all"] == second["all"] == first["held"] | second["held"]
+    for number, told in enumerate((first, second)):
+        assert f"is with rank {1 - number}" in told["missing"]
+        assert "unknown layers" in told["solve"]
+        assert told["solved"] <= 1e-12, "a rank solves with its own layers as one process does"
+    # Both halves of each input group have one factor A, and one rank of it.
+    assert any(f"it is with rank {owner}" in told["factor"] for owner, told in ((1, first), (0, second)))
+
+
+def test_the_same_bits_twice(tmp_path: Path) -> None:
+    one, two = (run_ranks(rank_work.fingerprint, 2, tmp_path) for _ in range(2))
+    assert one == two
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+def test_different_batches_are_refused_everywhere(tmp_path: Path) -> None:
+    for error in run_ranks(rank_work.unlike, 2, tmp_path, "batches"):
+        assert type(error) is ValueError and str(error).startswith("batches of rank 1 differ from those of rank 0")
+    for error in run_ranks(rank_work.unlike, 2, tmp_path, "weights"):
+        assert type(error) is ValueError and str(error).startswith("the model's weights of rank 1 differ")
+    for error in run_ranks(rank_work.unlike, 2, tmp_path, "options"):
+        assert type(error) is ValueError and str(error).startswith("options of rank 1 differ")
+
+
+def test_a_group_is_one(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="group is 'gloo'; it must be a process group"):
+        kfade.fit(models.tiny("llama"), batches(), group="gloo")  # type: ignore[arg-type]
+    (error,) = run_ranks(rank_work.fit_into, 1, tmp_path, tmp_path / "s")
+    assert type(error) is ValueError and "store is" in str(error) and "a group is given" in str(error)
+
+
+@pytest.mark.parametrize("when", ["forward", "decomposition"])
+def test_an_exception_ends_all_ranks_with_its_name(when: str, tmp_path: Path) -> None:
+    first, failed, third = run_ranks(rank_work.fail, 3, tmp_path, when, "raise")
+    assert type(failed) is ZeroDivisionError, "the rank that fails raises its own error"
+    for other, seconds in (first, third):
+        assert type(other) is RankError
+        assert str(other) == "rank 1 failed: ZeroDivisionError: in the midst of it"
+        assert seconds < 30
+
+
+@pytest.mark.parametrize("when", ["forward", "decomposition"])
+def test_a_killed_rank_ends_all_ranks_with_its_name(when: str, tmp_path: Path) -> None:
+    first, killed, third = run_ranks(rank_work.fail, 3, tmp_path, when, "kill")
+    assert killed == -signal.SIGKILL
+    for other, seconds in (first, third):
+        assert type(other) is RankError and str(other).startswith("rank 1 gave no sign of life for 2 s")
+        assert seconds < 30
+
+
+def test_a_rank_killed_in_a_collective_is_named(tmp_path: Path) -> None:
+    first, killed = run_ranks(rank_work.fail, 2, tmp_path, "collective", "kill")
+    assert killed == -signal.SIGKILL
+    assert type(first[0]) is RankError and str(first[0]).startswith("rank 1 gave no sign of life")
