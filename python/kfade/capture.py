@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedLayerError
 from .layers import Layer
 from .loss import Batch, Head
+from .sharding import reshard
 
 
 @dataclass
@@ -57,12 +58,15 @@ def rows_of(pair: Pair, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tenso
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient within this block; their flags and `.grad` come back after it."""
+    # FSDP2 gives a gathered parameter the flag of its shard.
+    reshard(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for p, _ in flags:
         p.requires_grad_(False)
     try:
         yield
     finally:
+        reshard(model)
         for p, flag in flags:
             p.requires_grad_(flag)
 

@@ -33,6 +33,7 @@ from .curvature import Curvature, LayerCurvature
 from .errors import RankError
 from .layers import Layer
 from .loss import Batch
+from .sharding import is_sharded
 from .storage import (
     SHARED,
     STAGES,
@@ -150,6 +151,7 @@ class Ranks:
         group: whose ranks take part; all of them enter.
 
     Attributes:
+        group: itself.
         rank, size: of this process in the group, and how many there are.
 
     Raises:
@@ -162,13 +164,13 @@ class Ranks:
             raise TypeError(
                 f"group is {group!r}; it must be a process group such as torch.distributed.group.WORLD, or None"
             )
-        self._group = group
+        self.group = group
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
 
     def __enter__(self) -> Ranks:
-        if self._group is not None:
-            self._store: dist.Store = dist.distributed_c10d._get_process_group_store(self._group)
+        if self.group is not None:
+            self._store: dist.Store = dist.distributed_c10d._get_process_group_store(self.group)
             number = (self._store.add("kfade/runs", 1) - 1) // self.size
             self._prefix, self._meetings = f"kfade/{number}", 0
             self._watch = _Watch(self._store, self._prefix, self.rank, self.size)
@@ -177,7 +179,7 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if self._group is None:
+        if self.group is None:
             return
         try:
             if error is None:
@@ -197,7 +199,7 @@ class Ranks:
         Raises:
             RankError: another rank does not come, since it failed.
         """
-        if self._group is None:
+        if self.group is None:
             return [value]
         keys = [f"{self._prefix}/{self._meetings}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], json.dumps(value))
@@ -232,17 +234,21 @@ class Ranks:
 
     # ---- batches
 
-    def share(self, batches: Sequence[Batch], idle: Batch | None = None) -> list[Batch]:
+    def share(self, batches: Sequence[Batch]) -> list[int]:
+        """The rank that runs each batch."""
+        return share_out([batch.input_ids.numel() for batch in batches], self.size)
+
+    def mine(self, batches: Sequence[Batch], runners: Sequence[int], idle: Batch | None = None) -> list[Batch]:
         """The batches of this rank, in their order.
 
         Args:
             batches: all of them.
+            runners: the rank of each.
             idle: what a rank with fewer batches than another runs in their place, where all must run as many.
         """
-        owners = share_out([batch.input_ids.numel() for batch in batches], self.size)
-        mine = [batch for batch, owner in zip(batches, owners, strict=True) if owner == self.rank]
+        mine = [batch for batch, runner in zip(batches, runners, strict=True) if runner == self.rank]
         if idle is not None and batches:
-            mine += [idle] * (max(owners.count(rank) for rank in range(self.size)) - len(mine))
+            mine += [idle] * (max(runners.count(rank) for rank in range(self.size)) - len(mine))
         return mine
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -253,26 +259,26 @@ class Ranks:
 
     def check(self) -> None:
         """Raise RankError if another rank failed."""
-        if self._group is not None:
+        if self.group is not None:
             self._watch.raise_if_failed()
 
     # ---- tensors
 
     def reduce(self, tensors: Iterable[tuple[Tensor, int]]) -> None:
         """Add up tensors over ranks, each at its owner; elsewhere they are undefined afterwards."""
-        if self._group is None:
+        if self.group is None:
             return
         self.gather(None)
         for tensor, owner in tensors:
-            dist.reduce(tensor, group_dst=owner, group=self._group)
+            dist.reduce(tensor, group_dst=owner, group=self.group)
 
     def broadcast(self, tensors: Iterable[tuple[Tensor, int]]) -> None:
         """Give all ranks what the owner of each contiguous tensor has in it."""
-        if self._group is None:
+        if self.group is None:
             return
         self.gather(None)
         for tensor, owner in tensors:
-            dist.broadcast(tensor, group_src=owner, group=self._group)
+            dist.broadcast(tensor, group_src=owner, group=self.group)
 
 
 # ---- the stages of a fit
@@ -281,7 +287,8 @@ class Ranks:
 def made_from(model: nn.Module, batches: Sequence[Batch], config: FitConfig) -> dict[str, str]:
     """What must be the same on all ranks; of weights a sum of their bits, exact in any order."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [int(p.detach().view(kinds[p.itemsize]).sum(dtype=torch.int64)) for p in model.parameters()]
+    weights = [] if is_sharded(model) else [p.detach() for p in model.parameters()]
+    sums = [int(p.view(kinds[p.itemsize]).sum(dtype=torch.int64)) for p in weights]
     values = [{"input_ids": b.input_ids, "attention": b.attention, "labels": b.labels} for b in batches]
     return {
         "batches": tensors_sha256(values),

@@ -31,10 +31,11 @@ from .distributed import (
 )
 from .factors import FactorCollector
 from .layers import Layer, in_passes, select
-from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch
+from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch, idle_batch
 from .plan import plan_fit
 from .progress import Progress, return_freed_memory
 from .resume import CORRECTION, FACTORS, FitStore
+from .sharding import check_sharding, is_sharded, unwrapped
 
 
 def check_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device, name: str = "batches") -> list[Batch]:
@@ -272,17 +273,18 @@ def _fit_layers(
     return states
 
 
-def _fit(
+def fit_among(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
     config: FitConfig,
     progress: Progress,
     decomposes: bool,
     store: str | Path | None = None,
-    group: ProcessGroup | None = None,
+    ranks: Ranks | None = None,
 ) -> Curvature:
-    """What `fit` and `fit_factors` share."""
-    if store is not None and group is not None:
+    """What `fit`, `fit_factors` and others that have entered `ranks` share."""
+    ranks = ranks or Ranks(None)
+    if store is not None and ranks.group is not None:
         raise ValueError(
             f"store is {store} and a group is given: a fit that ranks share cannot save itself as it goes; leave store"
             " out, and save the curvature afterwards"
@@ -292,6 +294,13 @@ def _fit(
             f"store is {store} and config.rank is {config.rank}: a low-rank fit cannot save itself as it goes; leave"
             " store out, and save the curvature afterwards"
         )
+    model = unwrapped(model)
+    check_sharding(model, ranks.group)
+    if config.device_memory is not None and is_sharded(model):
+        raise ValueError(
+            f"config.device_memory is {config.device_memory} and the model is sharded, for which there are no plans; it"
+            " must be None: set layers_per_pass"
+        )
     layers = select(model, config.modules)
     checked = check_batches(batches, device_of(model))
     tracked = {module for layer in layers for module in layer.modules}
@@ -300,20 +309,22 @@ def _fit(
     owned: list[Owners] = []
     at_most = config.layers_per_pass
     with ExitStack() as stack:
-        ranks = stack.enter_context(Ranks(group))
-        if group is not None:
+        if ranks.group is not None:
             ranks.require_same(made_from(model, checked, config))
         if config.device_memory is not None:
             at_most = plan_fit(model, checked, config, stored=store is not None).layers_per_pass
             at_most = min((n for n in ranks.gather(at_most) if n is not None), default=None)
-        for context in (deterministic_mode(model), frozen(model), graph_from_embeddings(model)):
+        for context in (deterministic_mode(model), graph_from_embeddings(model)):
             stack.enter_context(context)
         head = Head(model, checked[0], tracked, config.autocast)
         layers = trace(head, layers, checked[0])
+        # Not before a forward pass: FSDP2 notes in its first one what is to be trained.
+        stack.enter_context(frozen(model))
         kept = stack.enter_context(FitStore(store, config, progress))
         losses = 0 if config.curvature == "identity" else loss_count(checked, config)
         kept.open(model, model_id(model), new_states(layers, losses), checked, device_of(model), state_dtype(model))
-        mine = ranks.share(checked)
+        idle = idle_batch(device_of(model), attended=False) if is_sharded(model) else None
+        mine = ranks.mine(checked, ranks.share(checked), idle)
         passes = in_passes(layers, at_most)
         for number, part in enumerate(passes, 1):
             suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
@@ -325,11 +336,11 @@ def _fit(
                 states_here.update(new)
         kept.finish()
     ordered = {layer.name: states[layer.name] for layer in layers if layer.name in states}
-    if group is None:
+    if ranks.group is None:
         return Curvature(replace(config), model_id(model), ordered)
     outputs = {name: rank for owners in owned for name, rank in owners.outputs.items()}
     whose = {layer.name: outputs[layer.name] for layer in layers}
-    return ShardedCurvature(replace(config), model_id(model), ordered, whose, group, inputs)
+    return ShardedCurvature(replace(config), model_id(model), ordered, whose, ranks.group, inputs)
 
 
 def fit(
@@ -372,7 +383,8 @@ def fit(
         NonFiniteError: a batch gives a NaN or an infinity; it is named.
     """
     config = config or FitConfig()
-    return _fit(model, batches, config, progress or Progress(), True, store, group)
+    with Ranks(group) as ranks:
+        return fit_among(model, batches, config, progress or Progress(), True, store, ranks)
 
 
 def fit_factors(
@@ -386,7 +398,7 @@ def fit_factors(
         raise ValueError(f"config.curvature is {config.curvature!r}; it must be 'kfac'")
     if config.rank is not None:
         raise ValueError(f"config.rank is {config.rank}; whole factors are asked for: it must be None")
-    return _fit(model, batches, config, progress, decomposes=False).layers
+    return fit_among(model, batches, config, progress, decomposes=False).layers
 
 
 def sampled_labels(

@@ -116,8 +116,8 @@ def _refusal(module: nn.Module) -> str | None:
         return "its weight is computed by torch.nn.utils.parametrize, so an update of it would be lost"
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return f"it is a {type(module).__module__}.{type(module).__name__}, whose forward is not that of nn.Linear"
-    if isinstance(module, Conv1D) and type(module) is not Conv1D:
-        return f"it is a {type(module).__module__}.{type(module).__name__}, a subclass of Conv1D"
+    if isinstance(module, Conv1D) and type(module).forward is not Conv1D.forward:
+        return f"it is a {type(module).__module__}.{type(module).__name__}, whose forward is not that of Conv1D"
     if not module.weight.is_floating_point():  # type: ignore[operator]
         return f"its weight is quantised ({module.weight.dtype})"
     return None

@@ -20,9 +20,11 @@ import torch
 from kfade_kernels import counter_bits, counter_uniform, sampled_cross_entropy
 from kfade_kernels.sampled_cross_entropy.pytorch import rows_per_chunk
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .errors import NonFiniteError
 from .layers import output_head
+from .sharding import is_sharded, whole
 
 IGNORE_INDEX = -100
 
@@ -117,6 +119,17 @@ def check_batch(batch: Mapping[str, Tensor], index: int, device: torch.device) -
     return Batch(index, ids.to(device), attention.to(device), labels.to(device))
 
 
+def idle_batch(device: torch.device, *, attended: bool) -> Batch:
+    """One token that carries no loss: what a rank runs where others still have batches.
+
+    Args:
+        device: to put it on.
+        attended: whether it counts as an input. Not as one, it is padding, of which nothing is kept.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return Batch(-1, ids, torch.full_like(ids, attended, dtype=torch.bool), torch.full_like(ids, IGNORE_INDEX))
+
+
 def check_targets(batch: Batch, vocabulary: int) -> None:
     """Raise ValueError unless the labels of a batch that carry loss are words of the vocabulary."""
     smallest, largest = batch.target_range if len(batch.loss_index) else (0, 0)
@@ -209,13 +222,22 @@ class Head:
         self._device = example.input_ids.device
         self._takes = set(inspect.signature(model.forward).parameters)
         self._body: nn.Module | None = None
+        self._from_root = False
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         projection = output_head(model)
         prefix = getattr(model, "base_model_prefix", "")
         body = getattr(model, prefix, None) if prefix else None
-        if type(projection) is nn.Linear and isinstance(body, nn.Module) and projection not in tracked:
-            self._try_projection(body, projection, example)
+        if (
+            isinstance(projection, nn.Linear)
+            and type(projection).forward is nn.Linear.forward
+            and isinstance(body, nn.Module)
+            and projection not in tracked
+        ):
+            # The shards of a model are gathered when it is called as a whole.
+            self._from_root = isinstance(model, FSDPModule)
+            if not self._from_root or is_sharded(body):
+                self._try_projection(body, projection, example)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention.long()}
@@ -232,18 +254,36 @@ class Head:
         few = Batch(0, ids, torch.ones_like(ids, dtype=torch.bool), ids)
         with torch.no_grad(), autocast(self._autocast, self._device):
             logits = self._model(**self._inputs(few)).logits
-            hidden = getattr(body(**self._inputs(few)), "last_hidden_state", None)
+            hidden = self._hidden(body, few)
             if hidden is None:
                 return
-            ours = projection(hidden)
+            weight, bias = (None if p is None else whole(p.detach()) for p in (projection.weight, projection.bias))
+            assert weight is not None
+            ours = nn.functional.linear(
+                hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            )
         # The same product of the same numbers: only a cap, a scale or another head makes a difference.
         limit = 10 * torch.finfo(ours.dtype).eps * float(torch.linalg.vector_norm(logits.double()))
         if ours.shape == logits.shape and float((ours.double() - logits.double()).norm()) <= limit:
             self._body = body
             # In the dtype in which the model multiplies, cast once.
             dtype = ours.dtype
-            self.weight = projection.weight.detach().to(dtype)
-            self.bias = None if projection.bias is None else projection.bias.detach().to(dtype)
+            self.weight = weight.to(dtype)
+            self.bias = None if bias is None else bias.to(dtype)
+
+    def _hidden(self, body: nn.Module, batch: Batch) -> Tensor | None:
+        """What enters the output projection, `[B, T, d]`; None where the model does not say."""
+        inputs, seen = self._inputs(batch), []
+        if not self._from_root:
+            return getattr(body(**inputs), "last_hidden_state", None)
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = 1
+        handle = body.register_forward_hook(lambda _m, _a, output: seen.append(output))
+        try:
+            self._model(**inputs)
+        finally:
+            handle.remove()
+        return getattr(seen[0], "last_hidden_state", None)
 
     def rows(self, batch: Batch) -> Tensor:
         """`[N, d]` hidden states, or `[N, V]` logits, at the N loss positions of a batch."""
@@ -251,9 +291,10 @@ class Head:
         index = batch.loss_index
         with autocast(self._autocast, self._device):
             if self._body is not None:
-                output = self._body(**self._inputs(batch)).last_hidden_state
+                output = self._hidden(self._body, batch)
             else:
                 output = self._model(**self._inputs(batch)).logits
+        assert output is not None
         picked: Tensor = output.flatten(0, 1).index_select(0, index)
         return picked
 
