@@ -13,9 +13,14 @@ import models
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import kfade
-from kfade import FitConfig, distributed
+from kfade import FitConfig, UnlearnConfig, distributed
+from kfade.sharding import reshard, whole
+from kfade.storage import tensors_sha256
 
 CASES = {
     "ekfac": FitConfig(modules="all-linear"),
@@ -96,8 +101,8 @@ def fit_into(group: ProcessGroup, folder: Path) -> None:
 
 def fail(group: ProcessGroup, when: str, how: str) -> Any:
     """A fit in which rank 1 ends; the others say what they raise and after how many seconds."""
-    distributed.BEAT_SECONDS, distributed.SILENT_SECONDS = 0.2, 2.0
-    model, begin = models.tiny("llama"), time.monotonic()
+    distributed.BEAT_SECONDS, distributed.SILENT_SECONDS = 0.2, 4.0
+    model, begin = wrapped("fsdp" if when == "sharded" else "plain", models.tiny("llama"), group), time.monotonic()
     if group.rank() == 1:
         _end_at(model, when, how)
     try:
@@ -114,9 +119,94 @@ def _end_at(model: nn.Module, when: str, how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         raise ZeroDivisionError("in the midst of it")
 
-    if when == "forward":
+    if when in ("forward", "sharded"):
         model.model.layers[1].register_full_backward_hook(end)  # type: ignore[union-attr, index]
     elif when == "decomposition":
         torch.linalg.eigh = end
     else:
         distributed.dist.reduce = end
+
+
+def wrapped(how: str, model: Any, group: ProcessGroup) -> Any:
+    """A model as it is, in DDP, or sharded by FSDP2: its blocks and the rest, the blocks alone, or all at once."""
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (group.size(),))
+    if how in ("blocks", "fsdp"):
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+    if how in ("fsdp", "root"):
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def fit_wrapped(group: ProcessGroup, folder: Path, how: str, name: str) -> dict[str, Any]:
+    """A fit of a wrapped model, saved; and what was found afterwards of its parameters and hooks."""
+    model = wrapped(how, models.tiny("llama"), group)
+    kfade.fit(model, batches(), CASES[name], group=group).save(folder / f"{how} {name}")
+    reshard(model)
+    named = {n.removeprefix("module."): whole(p.detach()) for n, p in model.named_parameters()}
+    same = all(torch.equal(named[n], p) for n, p in models.tiny("llama").named_parameters())
+    trainable = all(p.requires_grad and p.grad is None for p in model.parameters())
+    return {"weights": same, "flags": trainable}
+
+
+def forget_and_retain() -> tuple[list[models.Batch], list[models.Batch]]:
+    """Three batches to forget and five to keep, of unlike lengths."""
+    return batches(), [models.batch("right", tokens=8 + i, seed=10 + i) for i in range(5)]
+
+
+UNLEARNING = {
+    "one step": UnlearnConfig(kl_budget=0.01, holdout=0.3, fit=CASES["ekfac"]),
+    "steps": UnlearnConfig.stepwise(steps=3, refit_every=2, holdout=0.3),
+    "npo": UnlearnConfig(objective="npo", steps=2, kl_budget=None, step_size=1e-3, holdout=0.3, retain_weight=1.0),
+}
+
+
+def unlearn_wrapped(group: ProcessGroup, folder: Path, how: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Updates of a wrapped model, applied to it, saved, removed, and applied as loaded."""
+    told = {}
+    for name in names:
+        model = wrapped(how, models.tiny("llama"), group)
+        update = kfade.unlearn(model, *forget_and_retain(), UNLEARNING[name], group=group)
+        update.apply_(model)
+        applied = digest(model)
+        norm, file = update.norm(), folder / f"{how} {name}.safetensors"
+        if how != "plain" or group.rank() == 0:
+            update.save(file)
+        torch.distributed.barrier(group)
+        update.remove_(model)
+        removed = digest(model)
+        kfade.Update.load(file).apply_(model)
+        told[name] = {"applied": applied, "removed": removed, "loaded": digest(model), "norm": norm}
+        told[name]["outcome"] = measured(update)
+    return told
+
+
+def measured(update: kfade.Update) -> tuple[float, ...]:
+    """What the run that made an update ended with."""
+    end = update.report.outcome
+    return end.scale, end.measured_kl, end.predicted_kl, end.forget_nll, end.retain_nll
+
+
+def digest(model: nn.Module) -> str:
+    """Of all bits of a model's weights."""
+    reshard(model)
+    state = {n.removeprefix("module."): whole(p.detach()) for n, p in model.named_parameters()}
+    return tensors_sha256([state])
+
+
+def refused(group: ProcessGroup) -> list[str]:
+    """The errors of what a group cannot do."""
+    data, sharded = forget_and_retain(), wrapped("fsdp", models.tiny("llama"), group)
+    half = torch.distributed.new_group([0])
+    plain, cg = models.tiny("llama"), UnlearnConfig(cg_iterations=2)
+    found = [
+        message(lambda: kfade.unlearn(plain, *data, cg, group=group)),
+        message(lambda: kfade.unlearn(plain, *data, store="s", group=group)),
+        message(lambda: kfade.fit(sharded, batches())),
+        message(lambda: kfade.fit(sharded, batches(), FitConfig(device_memory=1.0), group=group)),
+    ]
+    if group.rank() == 0:
+        found.append(message(lambda: kfade.fit(sharded, batches(), group=half)))
+    return found

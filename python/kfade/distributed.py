@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import FitConfig
+from .config import FitConfig, UnlearnConfig
 from .curvature import Curvature, LayerCurvature
 from .errors import RankError
 from .layers import Layer
@@ -251,6 +251,29 @@ class Ranks:
             mine += [idle] * (max(runners.count(rank) for rank in range(self.size)) - len(mine))
         return mine
 
+    def deliver(
+        self,
+        matrices: Mapping[str, Tensor],
+        shapes: Iterable[tuple[str, tuple[int, int]]],
+        owners: Mapping[str, int],
+        like: Tensor,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Each matrix, which its owner has, with its name; one at a time, to be used before the next.
+
+        Args:
+            matrices: those that this rank owns.
+            shapes: of all, by name.
+            owners: of all.
+            like: a tensor of their dtype and device.
+        """
+        self.gather(None)
+        for name, shape in shapes:
+            here = owners[name] == self.rank
+            matrix = matrices[name].contiguous() if here else like.new_empty(shape)
+            if self.group is not None:
+                dist.broadcast(matrix, group_src=owners[name], group=self.group)
+            yield name, matrix
+
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; ends with RankError where another rank failed meanwhile."""
         for batch in batches:
@@ -281,10 +304,32 @@ class Ranks:
             dist.broadcast(tensor, group_src=owner, group=self.group)
 
 
+class Shares:
+    """Which rank runs which batch, when some of them are run again and again: always the same one.
+
+    Args:
+        ranks: who they are.
+        idle: what a rank with fewer batches than another runs in their place; None for nothing.
+    """
+
+    def __init__(self, ranks: Ranks, idle: Batch | None) -> None:
+        self._ranks, self._idle = ranks, idle
+        self._runners: dict[int, int] = {}
+        self._kept: list[Batch] = []
+
+    def mine(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The batches of this rank; new ones are shared out."""
+        batches = list(batches)
+        new = [batch for batch in batches if id(batch) not in self._runners]
+        self._runners.update(zip(map(id, new), self._ranks.share(new), strict=True))
+        self._kept += new
+        return self._ranks.mine(batches, [self._runners[id(batch)] for batch in batches], self._idle)
+
+
 # ---- the stages of a fit
 
 
-def made_from(model: nn.Module, batches: Sequence[Batch], config: FitConfig) -> dict[str, str]:
+def made_from(model: nn.Module, batches: Sequence[Batch], config: FitConfig | UnlearnConfig) -> dict[str, str]:
     """What must be the same on all ranks; of weights a sum of their bits, exact in any order."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     weights = [] if is_sharded(model) else [p.detach() for p in model.parameters()]
@@ -443,3 +488,11 @@ class ShardedCurvature(Curvature):
                 layers = {name: told[owner]["layers"][name] for name, owner in self.owners.items()}
                 named = sorted((file, entry) for values in told for file, entry in values["files"].items())
                 write_manifest(self, directory, layers, dict(named))
+
+
+def layer_owners(curvature: Curvature, ranks: Ranks) -> dict[str, int]:
+    """Who solves with each layer: its owner, or where every rank has all of them, ranks by the cost of solving."""
+    if isinstance(curvature, ShardedCurvature):
+        return curvature.owners
+    costs = [float(s.d_out * s.width_in) * (s.d_out + s.width_in) for s in curvature.values()]
+    return dict(zip(curvature, share_out(costs, ranks.size), strict=True))

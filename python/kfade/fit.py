@@ -114,19 +114,22 @@ def run_fisher(
     `after(batch, sample)` is called when all pairs of that batch and label sample were delivered.
     """
     capture = Capture(head, layers, collector)
+    # FSDP2 lets go of gathered parameters in a backward pass, so that a graph serves only one.
+    together = 1 if head.sharded else config.samples
     try:
         for batch in batches:
-            with capture.running(batch) as rows:
-                for sample in range(config.samples):
-                    if config.fisher == "sampled":
-                        _, grad, nll = head.sampled(rows, batch, config.seed, sample, config.temperature)
-                    else:
-                        _, grad, nll = head.labelled(rows, batch, config.temperature)
-                    collector.finite.see(nll, batch, "the loss")
-                    rows.backward(grad, retain_graph=sample + 1 < config.samples)
-                    capture.flush(batch)
-                    after(batch, sample)
-                collector.end_batch()
+            for first in range(0, config.samples, together):
+                with capture.running(batch) as rows:
+                    for sample in range(first, first + together):
+                        if config.fisher == "sampled":
+                            _, grad, nll = head.sampled(rows, batch, config.seed, sample, config.temperature)
+                        else:
+                            _, grad, nll = head.labelled(rows, batch, config.temperature)
+                        collector.finite.see(nll, batch, "the loss")
+                        rows.backward(grad, retain_graph=sample + 1 < first + together)
+                        capture.flush(batch)
+                        after(batch, sample)
+            collector.end_batch()
     finally:
         collector.clear()
     capture.require_all()

@@ -24,6 +24,7 @@ from .capture import layer_hooks, trained
 from .errors import UnsupportedLayerError
 from .layers import Layer
 from .loss import Batch, Head
+from .sharding import whole
 
 Matrices = dict[str, Tensor]
 
@@ -120,7 +121,7 @@ def gradient_matrices(layers: Sequence[Layer], dtype: torch.dtype) -> Matrices:
     """What the layers' parameters have in `.grad`, `[d_out, d_in (+ 1)]` by layer name; 0 where they have none."""
     result = {}
     for layer in layers:
-        parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in layer.parameters().values()]
+        parts = [whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in layer.parameters().values()]
         bias = parts[1].to(dtype) if layer.has_bias else None
         result[layer.name] = layer.joint(parts[0].to(dtype), bias).clone()
     return result

@@ -212,6 +212,7 @@ class Head:
     Attributes:
         weight: output projection `[V, d]`, or None when rows are logits.
         bias: its bias `[V]`.
+        sharded: the model is spread over ranks, which run it together.
     """
 
     def __init__(
@@ -223,6 +224,7 @@ class Head:
         self._takes = set(inspect.signature(model.forward).parameters)
         self._body: nn.Module | None = None
         self._from_root = False
+        self.sharded = is_sharded(model)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         projection = output_head(model)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,15 +26,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .capture import deterministic_mode, trained
 from .config import UnlearnConfig, to_dict
 from .curvature import Curvature
-from .fit import check_batches, device_of, fit, model_id, state_dtype
+from .distributed import Ranks, ShardedCurvature, Shares, layer_owners, made_from
+from .fit import check_batches, device_of, fit_among, model_id, state_dtype
 from .layers import Layer, select
 from .linearise import Matrices, conjugate_gradients, dot, gauss_newton_product, gradient_matrices
-from .loss import Batch, Head, Ignorance, require_finite
+from .loss import Batch, Head, Ignorance, idle_batch, require_finite
 from .progress import Progress, Stage, StageCost
+from .sharding import check_sharding, gradient_divisor, is_sharded, placed_like, reshard, shard_of, unwrapped
 from .update import Update
 
 # A weight, batches, and what gives the gradient of their summed loss on rows.
@@ -160,27 +163,56 @@ def split_holdout(batches: Sequence[Batch], share: float) -> tuple[list[Batch], 
 
 
 class _Run:
-    """The model of one run, its tracked weights, and what is measured on it."""
+    """The model of one run, its tracked weights, and what is measured on it.
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], head: Head, config: UnlearnConfig) -> None:
+    With several ranks each runs its share of any batches, what is measured is the sum, and of matrices by layer name
+    a rank has those of the layers that it owns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        head: Head,
+        config: UnlearnConfig,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.model, self.layers, self.head, self.config = model, layers, head, config
+        self.ranks = ranks or Ranks(None)
+        self.owners: Mapping[str, int] = {layer.name: 0 for layer in layers}
         self.device, self.dtype = device_of(model), state_dtype(model)
+        idle = idle_batch(self.device, attended=True) if is_sharded(model) else None
+        self.shares = Shares(self.ranks, idle)
+        reshard(model)
         self._original = {name: p.detach().clone() for layer in layers for name, p in layer.parameters().items()}
 
     @torch.no_grad()
     def set_change(self, change: Matrices | None) -> None:
         """Give the tracked parameters their original value plus `change`; None restores the original bits."""
-        for layer in self.layers:
-            parts = layer.split(change[layer.name]) if change is not None else {}
+        reshard(self.model)
+        if change is None:
+            for layer in self.layers:
+                for name, p in layer.parameters().items():
+                    p.copy_(self._original[name])
+            return
+        for layer, parts in self.delivered(change):
             for name, p in layer.parameters().items():
-                original = self._original[name]
-                p.copy_(original if change is None else original.to(self.dtype) + parts[name])
+                part = shard_of(placed_like(parts[name], p))
+                shard_of(p).copy_(shard_of(self._original[name]).to(self.dtype) + part)
+
+    def delivered(self, matrices: Matrices) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
+        """Each layer with its matrix in parts by parameter name, which all ranks have, one layer at a time."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        shapes = ((layer.name, (layer.d_out, layer.width_in)) for layer in self.layers)
+        spread = self.ranks.deliver(matrices, shapes, self.owners, like)
+        for layer, (_, matrix) in zip(self.layers, spread, strict=True):
+            yield layer, layer.split(matrix)
 
     @torch.no_grad()
     def references(self, batches: Iterable[Batch], stage: Stage) -> dict[int, Tensor]:
         """Loss rows of the model as it is, to measure KL from, by the batches' index."""
         rows = {}
-        for batch in batches:
+        for batch in self.shares.mine(batches):
             rows[batch.index] = self.head.rows(batch).clone()
             stage.advance(batch.tokens)
         return rows
@@ -190,26 +222,35 @@ class _Run:
         """Mean KL to the references and mean NLL, nats a token."""
         divergence = nll = 0.0
         tokens = 0
-        for batch in batches:
+        for batch in self.shares.mine(batches):
             rows = self.head.rows(batch)
+            if not len(rows):
+                continue
             kl, _ = self.head.kl(rows, references[batch.index], gradient=False)
             divergence += float(kl.sum())
             nll += float(self.head.labelled(rows, batch)[2].sum(dtype=torch.float64))
             tokens += rows.shape[0]
             stage.advance(batch.tokens)
-        return divergence / tokens, nll / tokens
+        divergence, nll, total = self.ranks.sums([divergence, nll, tokens])
+        return divergence / total, nll / total
 
     @torch.no_grad()
-    def sequence_nll(self, batches: Sequence[Batch], stage: Stage) -> list[Tensor]:
-        """Summed NLL of each sequence `[B]`, a tensor a batch."""
-        sums = []
-        for batch in batches:
-            sums.append(batch.sequence_sums(self.head.labelled(self.head.rows(batch), batch)[2]))
+    def sequence_nll(self, batches: Sequence[Batch], stage: Stage) -> dict[int, Tensor]:
+        """Summed NLL of each sequence `[B]`, by the batches' index, of the batches of this rank."""
+        sums = {}
+        for batch in self.shares.mine(batches):
+            sums[batch.index] = batch.sequence_sums(self.head.labelled(self.head.rows(batch), batch)[2])
             stage.advance(batch.tokens)
         return sums
 
+    def mean_nll(self, batches: Sequence[Batch], sums: Mapping[int, Tensor]) -> float:
+        """Token mean over batches, from the sums of their sequences."""
+        own = [float(sums[b.index].sum(dtype=torch.float64)) for b in self.shares.mine(batches)]
+        return self.ranks.sums([sum(own)])[0] / sum(len(b.loss_index) for b in batches)
+
     def _tracked(self) -> AbstractContextManager[None]:
         """Only the tracked parameters take gradients; what they had in `.grad` comes back at the end."""
+        reshard(self.model)
         return trained(self.model, [p for layer in self.layers for p in layer.parameters().values()])
 
     def gradient(self, parts: Sequence[_Part], stage: Stage) -> Matrices:
@@ -217,11 +258,34 @@ class _Run:
         with self._tracked():
             for weight, batches, on_rows in parts:
                 tokens = sum(len(batch.loss_index) for batch in batches)
-                for batch in batches:
+                for batch in self.shares.mine(batches):
                     rows = self.head.rows(batch)
-                    rows.backward(on_rows(rows, batch) * (weight / tokens))
+                    grad = on_rows(rows, batch) if len(rows) else torch.zeros_like(rows)
+                    rows.backward(grad * (weight / tokens))
                     stage.advance(batch.tokens)
+            return self._collected()
+
+    def _collected(self) -> Matrices:
+        """The gradient that parameters have, summed over ranks, each layer at its owner."""
+        if self.ranks.size == 1:
             return gradient_matrices(self.layers, self.dtype)
+        sharded = is_sharded(self.model)
+        # FSDP2 has summed already, and divided.
+        factor = gradient_divisor(self.model, self.ranks.size) if sharded else 1.0
+        reshard(self.model)
+        collected = {}
+
+        def each() -> Iterator[tuple[Tensor, int]]:
+            for layer in self.layers:
+                matrix, owner = gradient_matrices([layer], self.dtype)[layer.name], self.owners[layer.name]
+                if not sharded:
+                    # It is the sum when the next one is asked for.
+                    yield matrix, owner
+                if owner == self.ranks.rank:
+                    collected[layer.name] = matrix.mul_(factor)
+
+        self.ranks.reduce(each())
+        return collected
 
 
 def npo_weights(nll: Tensor, start: Tensor, beta: float) -> Tensor:
@@ -332,6 +396,7 @@ def unlearn(
     every: int = 0,
     observe: Callable[[int, float], None] | None = None,
     store: str | Path | None = None,
+    group: ProcessGroup | None = None,
 ) -> Update:
     """Find the update that makes a model lose a forget set within a retain-KL budget.
 
@@ -349,42 +414,62 @@ def unlearn(
         observe: is told the steps taken and the seconds of unlearning so far, its own and looks on the way left out,
             with the model as the steps have made it, not yet scaled.
         store: a directory in which the fit saves itself, and goes on where it was cut off; see `kfade.fit`. Refits
-            are not saved.
+            are not saved. With a group it must be None.
+        group: the ranks that share the work; each calls this with the same arguments, all batches among them. None:
+            this process alone.
 
     Returns:
-        The update of all steps, with `report`; empty of change if no scale of it meets the budget.
+        The update of all steps, with `report`; empty of change if no scale of it meets the budget. With a group every
+        rank has all of it; where the model is sharded, its shards of it.
 
     Raises:
-        ValueError: bad batches, a `curvature` of other layers, or both a `curvature` and a `store`.
+        ValueError: bad batches, a `curvature` of other layers, both a `curvature` and a `store`, or a group with a
+            `store` or with `config.cg_iterations`.
         StorageError, OSError: of `store`, as `fit`.
-        UnsupportedLayerError, NonFiniteError: as `fit`.
+        RankError, UnsupportedLayerError, NonFiniteError: as `fit`.
     """
     config = config or UnlearnConfig()
     progress = progress or Progress()
+    if group is not None and config.cg_iterations:
+        raise ValueError(
+            f"config.cg_iterations is {config.cg_iterations} and a group is given: conjugate gradients run in one"
+            " process alone; it must be 0"
+        )
+    if group is not None and store is not None:
+        raise ValueError(f"store is {store} and a group is given: a fit that ranks share is not saved as it goes")
     if curvature is not None and store is not None:
         raise ValueError(f"store is {store}, and a curvature is given: there is nothing to fit; give one of them")
     if (every > 0) != (observe is not None):
         raise ValueError(f"every is {every} and observe is {observe}; give both, with every at least 1, or neither")
+    model = unwrapped(model)
+    check_sharding(model, group)
     layers = select(model, config.fit.modules)
     device = device_of(model)
     forget_batches = [b for b in check_batches(forget, device, "forget") if len(b.loss_index)]
     fitted, held = split_holdout(check_batches(retain, device, "retain"), config.holdout)
-    if curvature is not None and set(curvature) != {layer.name for layer in layers}:
+    names = None if curvature is None else set(curvature)
+    if isinstance(curvature, ShardedCurvature) and group is not None:
+        names = set(curvature.owners)
+    if names is not None and names != {layer.name for layer in layers}:
         raise ValueError(
-            f"curvature has layers {sorted(curvature)[:4]}…; it must have those that modules selects,"
+            f"curvature has layers {sorted(names)[:4]}…; it must have those that modules selects,"
             f" {sorted(layer.name for layer in layers)[:4]}…"
         )
-    with deterministic_mode(model):
+    with deterministic_mode(model), Ranks(group) as ranks:
+        if group is not None:
+            ranks.require_same(made_from(model, [*forget_batches, *fitted, *held], config))
         head = Head(model, fitted[0], {module for layer in layers for module in layer.modules}, config.fit.autocast)
-        run = _Run(model, layers, head, config)
+        run = _Run(model, layers, head, config, ranks)
         try:
             stepper = _Stepper(run, forget_batches, fitted, held, curvature, progress, store)
             stepper.take_all(every, observe)
             stepper.finish()
         finally:
             run.set_change(None)
-    parts = [layer.split(stepper.change[layer.name]) for layer in layers]
-    tensors = {name: tensor for part in parts for name, tensor in part.items()}
+        tensors = {}
+        for layer, parts in run.delivered(stepper.change):
+            for name, p in layer.parameters().items():
+                tensors[name] = placed_like(parts[name], p)
     return Update(tensors, stepper.report.model_id, stepper.report)
 
 
@@ -416,10 +501,7 @@ class _Stepper:
         self.forget, self.fitted = forget, fitted
         self.held = held = [batch for batch in held if len(batch.loss_index)]
         self.curvature = curvature
-        self.change: Matrices = {
-            layer.name: torch.zeros(layer.d_out, layer.width_in, dtype=run.dtype, device=run.device)
-            for layer in run.layers
-        }
+        self.change: Matrices = {}
         config, count = self.config, self.config.batches_per_step
         self._predicted, self._retain_weight = 0.0, config.retain_weight
         self._forgets = self._order(forget, count, "forget")
@@ -437,12 +519,11 @@ class _Stepper:
             self._held_rows = run.references(held, stage)
             self._retain_rows = run.references(pulled.values(), stage)
             self._forget_rows = run.references(forget if distils else [], stage)
-            sums = run.sequence_nll(forget, stage)
-            self._start = dict(zip((b.index for b in forget), sums, strict=True))
+            self._start = run.sequence_nll(forget, stage)
             _, retain_nll = run.measure(held, self._held_rows, stage)
             self._seconds += time.perf_counter() - begin
         self.report = UnlearnReport(
-            to_dict(config), model_id(run.model), self._mean_nll(forget, sums), retain_nll, costs=progress.costs
+            to_dict(config), model_id(run.model), run.mean_nll(forget, self._start), retain_nll, costs=progress.costs
         )
 
     def _order(self, batches: Sequence[Batch], count: int | None, what: str) -> list[list[Batch]]:
@@ -452,10 +533,6 @@ class _Stepper:
         count = min(count, len(batches))
         order = cycled(batches, count * self.config.steps, f"{what} {self.config.fit.seed}")
         return [order[i : i + count] for i in range(0, len(order), count)]
-
-    @staticmethod
-    def _mean_nll(batches: Sequence[Batch], sums: Sequence[Tensor]) -> float:
-        return sum(float(s.sum(dtype=torch.float64)) for s in sums) / sum(len(b.loss_index) for b in batches)
 
     # ---- gradients on rows
 
@@ -493,7 +570,7 @@ class _Stepper:
         else:
             solved = self._solve(gradient)
         direction = {name: matrix.neg_() for name, matrix in solved.items()}
-        return direction, -0.5 * dot(direction, gradient)
+        return direction, -0.5 * self.run.ranks.sums([dot(direction, gradient)])[0]
 
     def _solve(self, matrices: Matrices) -> Matrices:
         assert self.curvature is not None
@@ -547,6 +624,7 @@ class _Stepper:
         begin = time.perf_counter()
         if self.curvature is None:
             self._fit(self._store)
+        self._begin()
         self._seconds += time.perf_counter() - begin
         with self.progress.stage("steps", sum(tokens)) as stage:
             for number in range(1, steps + 1):
@@ -566,16 +644,25 @@ class _Stepper:
                 if observe is not None and number % every == 0:
                     observe(number, self._seconds)
 
+    def _begin(self) -> None:
+        """Nothing is changed, of the layers that this rank owns."""
+        assert self.curvature is not None
+        run = self.run
+        run.owners = layer_owners(self.curvature, run.ranks)
+        for layer in run.layers:
+            if run.owners[layer.name] == run.ranks.rank:
+                self.change[layer.name] = torch.zeros(layer.d_out, layer.width_in, dtype=run.dtype, device=run.device)
+
     def _fit(self, store: str | Path | None = None) -> None:
-        model, batches = self.run.model, as_batches(self.fitted)
-        self.curvature = fit(model, batches, self.config.fit, progress=self.progress, store=store)
+        batches = as_batches(self.fitted)
+        self.curvature = fit_among(self.run.model, batches, self.config.fit, self.progress, True, store, self.run.ranks)
 
     def _look(self, number: int, eta: float) -> None:
         """Note the state on a few batches."""
         assert self.curvature is not None
         kl, retain_nll = self._glance_kl()
-        forget_nll = self._mean_nll(self._few_forget, self.run.sequence_nll(self._few_forget, Stage(None, None)))
-        predicted = _half_square(self.curvature, self.change)
+        forget_nll = self.run.mean_nll(self._few_forget, self.run.sequence_nll(self._few_forget, Stage(None, None)))
+        predicted = self._predicted_kl()
         weight = self._retain_weight
         self.report.steps.append(Step(number, eta, predicted, kl, forget_nll, retain_nll, self._refits, weight))
         self.progress.say(f"step {number}: forget NLL {forget_nll:.3f}, retain KL {kl:.4f}, η {eta:.3g}")
@@ -590,6 +677,11 @@ class _Stepper:
         if spent > OFF:
             self._predicted *= max(OFF / spent, 1e-3)
 
+    def _predicted_kl(self) -> float:
+        """`½ Δᵀ F Δ` of the change so far."""
+        assert self.curvature is not None
+        return self.run.ranks.sums([_half_square(self.curvature, self.change)])[0]
+
     def _glance_kl(self) -> tuple[float, float]:
         """KL and NLL on a few held-out batches."""
         # No stage of its own: it would cut the progress of the steps.
@@ -598,7 +690,7 @@ class _Stepper:
     def finish(self) -> None:
         """Scale the change to the budget, or drop it and say why."""
         assert self.curvature is not None
-        unit = _half_square(self.curvature, self.change)
+        unit = self._predicted_kl()
         with self.progress.stage("search for the scale") as stage:
 
             def measure(scale: float) -> float:
@@ -609,7 +701,7 @@ class _Stepper:
             self.change = _scaled(self.change, scale)
             self.run.set_change(self.change if scale else None)
             kl, retain_nll = self.run.measure(self.held, self._held_rows, stage)
-            forget_nll = self._mean_nll(self.forget, self.run.sequence_nll(self.forget, stage))
+            forget_nll = self.run.mean_nll(self.forget, self.run.sequence_nll(self.forget, stage))
         predicted = scale * scale * unit
         self.report.outcome = Outcome(scale, reason, predicted, kl, forget_nll, retain_nll, tuple(trials))
         self.progress.say(
@@ -627,7 +719,8 @@ class _Stepper:
 
     def _scale(self, unit: float, measure: Callable[[float], float]) -> tuple[float, list[Trial], str]:
         """The factor of the change, the trials behind it, and why it is 0 if it is."""
-        if not (math.isfinite(unit) and any(bool(matrix.any()) for matrix in self.change.values())):
+        moved = self.run.ranks.sums([sum(bool(matrix.any()) for matrix in self.change.values())])[0]
+        if not (math.isfinite(unit) and moved):
             return 0.0, [], "the direction is zero or not finite"
         if self.config.step_size is not None:
             kl = measure(1.0)

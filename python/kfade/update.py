@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from kfade_kernels import apply_update_
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from .sharding import placed_like, reshard, shard_of, unwrapped, whole
 from .storage import read_marked, write_tensors
 
 FORMAT = "kfade-update"
@@ -37,7 +39,8 @@ class Update:
     """Tensors to add to a model's parameters.
 
     Attributes:
-        tensors: by parameter name, float32 (float64 for a float64 model), in the parameter's layout.
+        tensors: by parameter name, float32 (float64 for a float64 model), in the parameter's layout; sharded like it
+            where it was made on a sharded model.
         model_id: the model it was made for; only a note, shapes are what is checked.
         report: what the run that made it measured; None for one loaded from a file.
     """
@@ -48,6 +51,7 @@ class Update:
     _applied: WeakKeyDictionary[nn.Module, list[_Applied]] = field(default_factory=WeakKeyDictionary, repr=False)
 
     def _targets(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        reshard(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         owners: dict[int, str] = {}
         wrong = []
@@ -67,7 +71,14 @@ class Update:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError, listing all mismatches, unless the update fits the model."""
-        self._targets(model)
+        self._targets(unwrapped(model))
+
+    def _part(self, name: str, p: nn.Parameter) -> Tensor:
+        """What this rank adds to a parameter, or to its shard of it."""
+        tensor = self.tensors[name]
+        if isinstance(p, DTensor):
+            return shard_of(tensor if isinstance(tensor, DTensor) else placed_like(tensor.to(p.device), p))
+        return whole(tensor)
 
     def _add_(self, targets: Mapping[str, nn.Parameter], scale: float) -> None:
         """Add `scale` times the update to these parameters, many in one call."""
@@ -81,11 +92,10 @@ class Update:
             room -= p.nbytes
         for names in groups:
             device = targets[names[0]].device
+            parts = [self._part(n, targets[n]) for n in names]
             # Δ is float32 or wider where we made it; a file may hold what its writer rounded.
-            deltas = [
-                self.tensors[n].to(device, torch.promote_types(self.tensors[n].dtype, torch.float32)) for n in names
-            ]
-            apply_update_([targets[n] for n in names], deltas, scale)
+            deltas = [part.to(device, torch.promote_types(part.dtype, torch.float32)) for part in parts]
+            apply_update_([shard_of(targets[n]) for n in names], deltas, scale)
 
     @torch.no_grad()
     def apply_(self, model: nn.Module, scale: float = 1.0) -> nn.Module:
@@ -100,6 +110,7 @@ class Update:
         """
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale is {scale!r}; it must be a finite number")
+        given, model = model, unwrapped(model)
         targets = self._targets(model)
         before = {name: p.detach().clone() for name, p in targets.items()}
         try:
@@ -112,7 +123,7 @@ class Update:
         # Versions alone cannot tell training from a round trip through a copy; the values can.
         after = {name: p.detach().clone() for name, p in targets.items()}
         self._applied.setdefault(model, []).append(_Applied(float(scale), before, after))
-        return model
+        return given
 
     @torch.no_grad()
     def remove_(self, model: nn.Module) -> nn.Module:
@@ -125,6 +136,7 @@ class Update:
             ValueError: this update is not applied to this model (a model loaded from disk with an
                 update inside takes `apply_` with the opposite scale), or the model does not fit.
         """
+        given, model = model, unwrapped(model)
         stack = self._applied.get(model)
         if not stack:
             raise ValueError("model has no application of this update to remove; apply_ it with the opposite scale")
@@ -132,19 +144,22 @@ class Update:
         applied = stack.pop()
         trained = {}
         for name, p in targets.items():
-            if torch.equal(p, applied.after[name].to(p.device)):
+            if torch.equal(shard_of(p), shard_of(applied.after[name]).to(p.device)):
                 p.copy_(applied.before[name])
             else:
                 trained[name] = p
         self._add_(trained, -applied.scale)
-        return model
+        return given
 
     def norm(self) -> float:
-        """Euclidean norm over all tensors."""
-        return math.sqrt(sum(float(t.double().square().sum()) for t in self.tensors.values()))
+        """Euclidean norm over all tensors; of sharded ones all ranks ask for it together."""
+        return math.sqrt(sum(float(whole(t).double().square().sum()) for t in self.tensors.values()))
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file: `path` itself, or `update.safetensors` in the directory `path`."""
+        """Write one safetensors file: `path` itself, or `update.safetensors` in the directory `path`.
+
+        Where tensors are sharded all ranks call this, and the first one gathers them in its host memory and writes.
+        """
         path = Path(path)
         if path.suffix != ".safetensors":
             path.mkdir(parents=True, exist_ok=True)
@@ -152,7 +167,14 @@ class Update:
         metadata = {"format": FORMAT, "version": str(VERSION), "model_id": self.model_id}
         if self.report is not None:
             metadata["report"] = json.dumps(self.report.summary())
-        write_tensors(path, self.tensors, metadata)
+        writes, tensors = True, {}
+        for name, tensor in self.tensors.items():
+            values = whole(tensor)
+            writes = not isinstance(tensor, DTensor) or tensor.device_mesh.get_rank() == 0
+            if writes:
+                tensors[name] = values.cpu()
+        if writes:
+            write_tensors(path, tensors, metadata)
         return path
 
     @classmethod
