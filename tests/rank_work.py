@@ -16,9 +16,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from typer.testing import CliRunner
 
 import kfade
 from kfade import FitConfig, UnlearnConfig, distributed
+from kfade.cli import app
 from kfade.sharding import reshard, whole
 from kfade.storage import tensors_sha256
 
@@ -210,3 +212,9 @@ def refused(group: ProcessGroup) -> list[str]:
     if group.rank() == 0:
         found.append(message(lambda: kfade.fit(sharded, batches(), group=half)))
     return found
+
+
+def command(arguments: list[str]) -> tuple[int, str, str]:
+    """Run the command line; exit code, standard output and standard error."""
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.stdout, result.stderr

@@ -29,6 +29,7 @@ from .config import (
     unlearn_config,
 )
 from .errors import KfadeError
+from .launch import group_of_all, launched, own_device
 
 _FIT, _UNLEARN, _INFLUENCE, _TOFU = FitConfig(), UnlearnConfig(), InfluenceConfig(), TofuConfig()
 _COMPARE = CompareConfig()
@@ -54,7 +55,8 @@ class _Group(TyperGroup):
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
             message = " ".join(str(error).split()) or type(error).__name__
-            print(f"error: {message}", file=sys.stderr)
+            rank, ranks = launched()
+            print(f"error{f' of rank {rank}' if ranks > 1 else ''}: {message}", file=sys.stderr)
             raise typer.Exit(2) from None
 
 
@@ -356,7 +358,7 @@ def _start(quiet: bool) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return Progress(show=not quiet)
+    return Progress(show=not quiet and launched()[0] == 0)
 
 
 def _records(source: str, limit: int | None) -> Any:
@@ -559,7 +561,8 @@ def fit(
 ) -> None:
     """Fit the curvature of a retain set and save it, for `unlearn --factors` and for other uses.
 
-    It is saved as it is fitted, but with --rank: where the command is cut off, by whatever, the same command goes on.
+    It is saved as it is fitted, but with --rank and under torchrun: where the command is cut off, by whatever, the same
+    command goes on. Under torchrun or accelerate launch all processes share the work.
     """
     from .data import make_batches
     from .fit import fit as fit_curvature
@@ -570,36 +573,48 @@ def fit(
 
     options = _fit_options(ctx.params)
     records = _records(retain, limit)
+    device = own_device(device)
     check_model(model, dtype, device)
-    check_store(out, options)
-    if not (out / MANIFEST).exists():
-        _keep(out, _effective(ctx, options))
+    first = launched()[0] == 0
+    if first:
+        check_store(out, options)
+        if not (out / MANIFEST).exists():
+            _keep(out, _effective(ctx, options))
     progress = _start(quiet)
+    group = ctx.with_resource(group_of_all(device))
     with progress.stage("load the model"):
         loaded, tokenizer = load_model(model, dtype, device)
     batches = make_batches(tokenizer, records, chat=chat, batch_size=batch_size, max_tokens=max_tokens)
-    with progress.stage("plan"):
-        planned = plan_run(loaded, batches, options, model, out)
-    for reason in planned.reasons:
-        progress.say(reason)
-    fitted = fit_curvature(loaded, batches, options, progress=progress, store=None if rank else out)
-    if rank:
+    planned = None
+    if group is None:
+        with progress.stage("plan"):
+            planned = plan_run(loaded, batches, options, model, out)
+        for reason in planned.reasons:
+            progress.say(reason)
+    saves_itself = group is None and rank is None
+    fitted = fit_curvature(
+        loaded, batches, options, progress=progress, store=out if saves_itself else None, group=group
+    )  # fmt: skip
+    if not saves_itself:
         with progress.stage("save"):
             fitted.save(out)
-    compared = planned.beside(progress.costs)
+    if not first:
+        return
+    names = list(getattr(fitted, "owners", fitted))
+    compared = [] if planned is None else planned.beside(progress.costs)
     # Not before the fit: what is there may be refused, and then it keeps its options.
     _keep(out, _effective(ctx, options))
     values = {
         "command": "fit",
         "out": str(out),
-        "layers": list(fitted),
+        "layers": names,
         "records": len(records),
         "costs": _costs(progress),
-        "plan": planned.to_json(),
+        "plan": None if planned is None else planned.to_json(),
         "planned_and_measured": [asdict(stage) for stage in compared],
     }
     rows = [[c.name, f"{c.seconds:.1f} s", f"{c.rate:,.0f} {c.unit}s/s" if c.units else "–"] for c in progress.costs]
-    shown = _table(f"{curvature} of {len(fitted)} layers in {out}", ["stage", "time", "rate"], rows)
+    shown = _table(f"{curvature} of {len(names)} layers in {out}", ["stage", "time", "rate"], rows)
     _print(as_json, values, shown, *(_table(*beside_table(compared)) for _ in compared[:1]))
 
 
@@ -763,11 +778,14 @@ def unlearn(
         "Forget": _records(eval_forget or forget, limit)[:eval_limit],
         "Retain": _records(eval_retain or retain, limit)[:eval_limit],
     }
+    device, (number, processes) = own_device(device), launched()
     models.check_model(model, dtype, device)
-    # A low-rank fit does not save itself as it goes.
-    store = out / "factors" if factors is None and rank is None else None
+    # A low-rank fit does not save itself as it goes, nor does one that ranks share.
+    store = out / "factors" if factors is None and rank is None and processes == 1 else None
     if keep_factors and rank is not None:
         raise ValueError(f"rank is {rank} and factors are to be kept; fit them first with `kfade fit --rank {rank}`")
+    if keep_factors and processes > 1:
+        raise ValueError(f"factors are to be kept by {processes} processes; fit them first with `kfade fit`")
     if factors is not None:
         read_manifest(factors)
     if store is not None:
@@ -776,20 +794,25 @@ def unlearn(
     if save_model:
         models.check_save(out / "model")
     effective = _effective(ctx, options.fit, options)
-    _keep(out, effective)
+    if number == 0:
+        _keep(out, effective)
     progress = _start(quiet)
+    group = ctx.with_resource(group_of_all(device))
     with progress.stage("load the model"):
         loaded, tokenizer = models.load_model(model, dtype, device)
     fitted = Curvature.load(factors, loaded) if factors is not None else None
     batching: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "max_tokens": max_tokens}
     forget_batches = make_batches(tokenizer, forget_records, **batching, loss_on=loss_on)
     retain_batches = make_batches(tokenizer, retain_records, **batching)
-    with progress.stage("evaluation, before"):
-        references = survey_references(loaded, tokenizer, sets, **batching)
-        before = survey(loaded, tokenizer, sets, max_new_tokens=max_new_tokens, **batching)
+    if number == 0:
+        with progress.stage("evaluation, before"):
+            references = survey_references(loaded, tokenizer, sets, **batching)
+            before = survey(loaded, tokenizer, sets, max_new_tokens=max_new_tokens, **batching)
     update = find_update(
-        loaded, forget_batches, retain_batches, options, curvature=fitted, progress=progress, store=store
-    )  # fmt: skip
+        loaded, forget_batches, retain_batches, options, curvature=fitted, progress=progress, store=store, group=group
+    )
+    if number > 0:
+        return
     update.apply_(loaded)
     with progress.stage("evaluation, after"):
         after = survey(loaded, tokenizer, sets, references, max_new_tokens=max_new_tokens, **batching)
@@ -839,7 +862,7 @@ def apply(
     quiet: _Quiet = False,
     debug: _Debug = False,
 ) -> None:
-    """Apply an update to a model and save the result to OUT, for transformers to load.
+    """Apply an update to a model and save the result to OUT, for transformers to load. Under torchrun rank 0 does it.
 
     A model that was trained further can take the same update again, with the scale that a KL budget allows.
     """
@@ -848,6 +871,9 @@ def apply(
     from .durability import reapply
     from .update import Update
 
+    if launched()[0] > 0:
+        return
+    device = own_device(device)
     if (kl_budget is None) != (retain is None):
         raise ValueError(f"kl_budget is {kl_budget} and retain is {retain}; both or neither must be given")
     options = None if kl_budget is None else ReapplyConfig(kl_budget, scale, trials)

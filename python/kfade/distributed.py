@@ -50,6 +50,8 @@ from .storage import (
 # Every rank gives a sign of life so often; one that gave none for so long is taken for dead.
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 10.0
+# One that gave none yet may be loading a model: PyTorch's own limit for collectives.
+ENTER_SECONDS = 1_800.0
 # How long a rank sleeps between two looks at whether the others have come.
 _LOOKS = (0.0005, 0.02)
 
@@ -88,10 +90,18 @@ class _Watch:
     """A thread that gives signs of life, looks for those of the next rank, and hears of failures.
 
     Each rank looks at one other, so that the traffic of the store grows with the number of ranks only.
+
+    Attributes:
+        store: of the group.
+        prefix: of all names there.
+        meetings: how often ranks have met.
     """
 
-    def __init__(self, store: dist.Store, prefix: str, rank: int, size: int) -> None:
-        self._store, self._prefix, self._rank = store, prefix, rank
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        rank, size = group.rank(), group.size()
+        self.store: dist.Store = dist.distributed_c10d._get_process_group_store(group)
+        self.prefix, self.meetings = f"kfade/{(self.store.add('kfade/runs', 1) - 1) // size}", 0
+        self._rank = rank
         self._next = (rank + 1) % size
         self._failure: str | None = None
         self._end = threading.Event()
@@ -100,18 +110,19 @@ class _Watch:
 
     def _run(self) -> None:
         last, heard, number = b"", time.monotonic(), 0
-        failed, theirs = f"{self._prefix}/failed", f"{self._prefix}/beat/{self._next}"
+        failed, theirs = f"{self.prefix}/failed", f"{self.prefix}/beat/{self._next}"
         try:
             while not self._end.is_set() and self._failure is None:
-                self._store.set(f"{self._prefix}/beat/{self._rank}", str(number))
+                self.store.set(f"{self.prefix}/beat/{self._rank}", str(number))
                 number += 1
-                beat = self._store.get(theirs) if self._store.check([theirs]) else b""
+                beat = self.store.get(theirs) if self.store.check([theirs]) else b""
                 if beat != last:
                     last, heard = beat, time.monotonic()
-                if time.monotonic() - heard > SILENT_SECONDS:
-                    self.report(f"rank {self._next} gave no sign of life for {SILENT_SECONDS:g} s: it has ended")
-                if self._store.check([failed]):
-                    self._failure = self._store.get(failed).decode()
+                limit = SILENT_SECONDS if last else ENTER_SECONDS
+                if time.monotonic() - heard > limit:
+                    self.report(f"rank {self._next} gave no sign of life for {limit:g} s: it has ended")
+                if self.store.check([failed]):
+                    self._failure = self.store.get(failed).decode()
                 self._end.wait(BEAT_SECONDS)
         except Exception as error:
             # Under torchrun the launcher keeps the store, else usually rank 0.
@@ -119,7 +130,7 @@ class _Watch:
 
     def report(self, failure: str) -> None:
         """Tell all ranks; the first failure counts."""
-        self._store.compare_set(f"{self._prefix}/failed", "", failure)
+        self.store.compare_set(f"{self.prefix}/failed", "", failure)
 
     def raise_if_failed(self) -> None:
         if self._failure is not None:
@@ -140,6 +151,10 @@ class _Watch:
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether another process ended while this one waited for it in a collective."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+# The groups that are entered; a context within another one is part of it.
+_ENTERED: dict[dist.ProcessGroup, _Watch] = {}
 
 
 class Ranks:
@@ -170,10 +185,10 @@ class Ranks:
 
     def __enter__(self) -> Ranks:
         if self.group is not None:
-            self._store: dist.Store = dist.distributed_c10d._get_process_group_store(self.group)
-            number = (self._store.add("kfade/runs", 1) - 1) // self.size
-            self._prefix, self._meetings = f"kfade/{number}", 0
-            self._watch = _Watch(self._store, self._prefix, self.rank, self.size)
+            self._outermost = self.group not in _ENTERED
+            if self._outermost:
+                _ENTERED[self.group] = _Watch(self.group)
+            self._watch = _ENTERED[self.group]
         return self
 
     def __exit__(
@@ -189,7 +204,8 @@ class Ranks:
                     self._watch.wait()
                 self._watch.report(f"rank {self.rank} failed: {type(error).__name__}: {error}")
         finally:
-            self._watch.close()
+            if self._outermost:
+                _ENTERED.pop(self.group).close()
 
     # ---- what is small
 
@@ -201,18 +217,19 @@ class Ranks:
         """
         if self.group is None:
             return [value]
-        keys = [f"{self._prefix}/{self._meetings}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], json.dumps(value))
+        watch = self._watch
+        keys = [f"{watch.prefix}/{watch.meetings}/{rank}" for rank in range(self.size)]
+        watch.store.set(keys[self.rank], json.dumps(value))
         pause, longest = _LOOKS
-        while not self._store.check(keys):
-            self._watch.raise_if_failed()
+        while not watch.store.check(keys):
+            watch.raise_if_failed()
             time.sleep(pause)
             pause = min(longest, 2 * pause)
-        if self._meetings:
+        if watch.meetings:
             # Whoever has come here has read what was told at the last meeting.
-            self._store.delete_key(f"{self._prefix}/{self._meetings - 1}/{self.rank}")
-        self._meetings += 1
-        return [json.loads(self._store.get(key)) for key in keys]
+            watch.store.delete_key(f"{watch.prefix}/{watch.meetings - 1}/{self.rank}")
+        watch.meetings += 1
+        return [json.loads(watch.store.get(key)) for key in keys]
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Sums over ranks, in their order: the same bits on each."""

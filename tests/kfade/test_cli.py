@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 import kfade_kernels
 import pytest
+import rank_work
 import torch
 import yaml
+from ranks import run_ranks
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence as Steps
@@ -486,3 +489,58 @@ def test_version() -> None:
 def test_help_says_what_there_is() -> None:
     shown = done("--help").stdout
     assert "uphill Gauss-Newton" in shown and all(name in shown for name in ("fit", "unlearn", "apply", "eval", "demo"))
+
+
+# ------------------------------------------------------------------------------------------- under torchrun
+
+
+def test_ranks_share_a_command_and_one_of_them_speaks(home: Path, tmp_path: Path) -> None:
+    """In the environment of a launcher: the same curvature, update and report as from one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--batch-size", 4, "--dtype", "float64", "--json"]
+    fit = ["fit", *sources(home)[:2], *sources(home)[4:], *common]
+    unlearn = ["unlearn", *sources(home), *common, "--steps", 2, "--kl-budget", 0.05, "--max-new-tokens", 4]
+    for words, name in ((fit, "f"), (unlearn, "u")):
+        alone = json.loads(done(*words, "--out", one / name).stdout)
+        arguments = [str(word) for word in (*words, "--out", two / name)]
+        (code, output, error), (quiet_code, *silence) = run_ranks(
+            rank_work.command, 2, tmp_path, arguments, launched=True
+        )
+        assert (code, quiet_code) == (0, 0), error
+        assert silence == ["", ""], "rank 1 prints nothing"
+        shared = json.loads(output)
+        assert shared.keys() == alone.keys()
+        assert shared.get("layers") == alone.get("layers")
+    whole, parts = (kfade.Curvature.load(folder / "f") for folder in (one, two))
+    for name, state in whole.items():
+        # Sums over two ranks round otherwise than those of one; the eigenvectors of Λ with them.
+        torch.testing.assert_close(parts[name].eigenvalues(), state.eigenvalues(), rtol=1e-7, atol=1e-12)
+    updates = [kfade.Update.load(folder / "u").tensors for folder in (one, two)]
+    for name, tensor in updates[0].items():
+        torch.testing.assert_close(updates[1][name], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_a_rank_says_which_it_is_when_it_fails(home: Path, tmp_path: Path) -> None:
+    bad = [str(word) for word in ("fit", *sources(home)[:2], "--retain", tmp_path / "none.jsonl", "--out", tmp_path)]
+    for rank, (code, output, error) in enumerate(run_ranks(rank_work.command, 2, tmp_path, bad, launched=True)):
+        assert (code, output) == (2, "")
+        assert error.startswith(f"error of rank {rank}: ")
+    kept = [str(word) for word in ("unlearn", *sources(home), "--out", tmp_path, "--keep-factors")]
+    for code, _, error in run_ranks(rank_work.command, 2, tmp_path, kept, launched=True):
+        assert code == 2 and "factors are to be kept by 2 processes" in error
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_commands(home: Path, tmp_path: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kfade"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for words in (
+        ["fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "f", "--json"],
+        [*quick(home, tmp_path / "u"), "--factors", tmp_path / "f", "--json"],
+        ["apply", *sources(home)[:2], "--update", tmp_path / "u", "--out", tmp_path / "m", "--json"],
+    ):
+        line = [*start, *(str(word) for word in words)]
+        result = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=540, check=False)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["command"] == words[0], "one JSON object, of rank 0"
+    assert (tmp_path / "m" / "config.json").is_file()
