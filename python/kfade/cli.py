@@ -307,8 +307,12 @@ _Margin = Annotated[
     float, typer.Option("--margin", help="distil: nats by which a label's logit is lowered.", rich_help_panel=_STEP)
 ]
 _TargetTemperature = Annotated[
-    float,
-    typer.Option("--target-temperature", help="distil: flatten the target's logits by this.", rich_help_panel=_STEP),
+    float | None,
+    typer.Option(
+        "--target-temperature",
+        help="distil: flatten the target by this; by default by how much is memorised.",
+        rich_help_panel=_STEP,
+    ),
 ]
 _NpoBeta = Annotated[float, typer.Option("--npo-beta", help="Inverse temperature of npo.", rich_help_panel=_STEP)]
 _RetainWeight = Annotated[

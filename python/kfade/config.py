@@ -117,7 +117,9 @@ class UnlearnConfig:
             KL from a target that does not know: the original model's outputs with the logit of each label lowered,
             and flattened.
         margin: by how much `distil` lowers the logit of a label, in nats.
-        target_temperature: what `distil` divides the target's logits by.
+        target_temperature: what `distil` divides the target's logits by. None takes 1 + P², P the geometric mean of
+            the probabilities that the original model gives the labels: of what it has memorised it is too sure (2),
+            of what it knows a little it is not (1).
         npo_beta: inverse temperature of `npo`.
         steps: number of steps.
         batches_per_step: forget batches, and retain batches, of one step; None takes all of both.
@@ -128,8 +130,8 @@ class UnlearnConfig:
             times the budget. A single step has the length that the measured KL allows.
         step_size: η of every step, instead of a budget.
         retain_weight: c, the weight of the gradient of the retain KL in the first steps; 0 leaves it out. Later it
-            follows the measured KL where there is a budget: eight times in a run it is multiplied by the share of the
-            budget that is spent, by ½ at least and 4 at most.
+            follows the measured KL where there is a budget: at each step it is multiplied by the share of the budget
+            that is spent, by ½ at least and 4 at most, or in a run of more than 16 steps by a root of that.
         cg_iterations: solve by so many conjugate-gradient iterations on the exact Gauss-Newton matrix of the step's
             retain batches, preconditioned by the fitted curvature; 0 takes the fitted one's own solution. Each costs
             about six forward passes over these batches.
@@ -143,7 +145,7 @@ class UnlearnConfig:
     damping_kind: str = "relative"
     objective: str = "cross_entropy"
     margin: float = 5.0
-    target_temperature: float = 2.0
+    target_temperature: float | None = None
     npo_beta: float = 0.1
     steps: int = 1
     batches_per_step: int | None = None
@@ -163,7 +165,8 @@ class UnlearnConfig:
         _one_of("objective", self.objective, OBJECTIVES)
         _number("damping", self.damping, minimum=0.0)
         _number("margin", self.margin, minimum=0.0)
-        _number("target_temperature", self.target_temperature, above=0.0)
+        if self.target_temperature is not None:
+            _number("target_temperature", self.target_temperature, above=0.0)
         _integer("steps", self.steps, 1)
         if self.batches_per_step is not None:
             _integer("batches_per_step", self.batches_per_step, 1)

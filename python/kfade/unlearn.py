@@ -9,8 +9,9 @@ the forget set: minus its loss, or the KL from outputs that do not know the labe
 whole forget set, whose length is the largest found whose KL, *measured* on held-out retain sequences, is within the
 budget. With many (`UnlearnConfig.stepwise`) the first is *measured* to cost a share of the budget, and what is
 predicted of it, `½ η² dᵀ(F + λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a
-hundredfold between models, but little between steps. On the way c follows the measured KL, so that the path ends near
-the budget; at the end the whole change is scaled down into it. Steps of merely predicted size diverge.
+hundredfold between models, but little between steps. On the way c follows the KL of each step's retain batch, which
+its gradient needs anyway, so that the path ends near the budget; at the end the whole change is scaled down into it.
+Steps of merely predicted size diverge.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ _Part = tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]
 # Looks at the state on the way: after the first step and so often, each at so many held-out and forget sequences.
 LOOKS = 8
 GLANCE = 32
-# On the way the KL may be so many times the budget: what early steps break, the retain term mends. Beyond, later steps
-# are shorter. From look to look the weight of that term follows the share of the budget that is spent, within factors.
+# On the way the KL may be so many times the budget: what early steps break, the retain term mends. Beyond, steps are
+# shorter. The weight of that term is multiplied by the share of the budget that is spent, a mean over the last steps,
+# within these factors; as strongly as so many times in a run.
 OFF = 4.0
 PULL = (0.5, 4.0)
+PULLS = 16
 
 
 @dataclass(frozen=True)
@@ -504,6 +507,7 @@ class _Stepper:
         self.change: Matrices = {}
         config, count = self.config, self.config.batches_per_step
         self._predicted, self._retain_weight = 0.0, config.retain_weight
+        self._retain_kl, self._spent = [0.0, 0.0], math.nan
         self._forgets = self._order(forget, count, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
         needed = config.retain_weight or config.cg_iterations
@@ -525,6 +529,7 @@ class _Stepper:
         self.report = UnlearnReport(
             to_dict(config), model_id(run.model), run.mean_nll(forget, self._start), retain_nll, costs=progress.costs
         )
+        self._target_temperature = config.target_temperature or 1 + math.exp(-2 * self.report.forget_nll)
 
     def _order(self, batches: Sequence[Batch], count: int | None, what: str) -> list[list[Batch]]:
         """The batches of each step."""
@@ -540,7 +545,7 @@ class _Stepper:
         """Gradient of what is descended on a forget batch."""
         config = self.config
         if config.objective == "distil":
-            target = Ignorance(batch.targets, config.margin, config.target_temperature)
+            target = Ignorance(batch.targets, config.margin, self._target_temperature)
             divergence, grad = self.run.head.kl(rows, self._forget_rows[batch.index], target=target)
             require_finite(divergence, batch, "the forget loss")
             return grad
@@ -552,7 +557,10 @@ class _Stepper:
         return -grad
 
     def _retain_on_rows(self, rows: Tensor, batch: Batch) -> Tensor:
-        return self.run.head.kl(rows, self._retain_rows[batch.index])[1]
+        divergence, grad = self.run.head.kl(rows, self._retain_rows[batch.index])
+        self._retain_kl[0] += float(divergence.sum())
+        self._retain_kl[1] += len(divergence)
+        return grad
 
     # ---- steps
 
@@ -562,6 +570,7 @@ class _Stepper:
         parts: list[_Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
         if config.retain_weight:
             parts.append((self._retain_weight, kept, self._retain_on_rows))
+        self._retain_kl = [0.0, 0.0]
         gradient = self.run.gradient(parts, stage)
         if config.cg_iterations:
             solved = conjugate_gradients(
@@ -618,7 +627,7 @@ class _Stepper:
 
     def take_all(self, every: int, observe: Callable[[int, float], None] | None) -> None:
         """All steps."""
-        steps = self.config.steps
+        config, steps = self.config, self.config.steps
         looks = {1, *(-(-steps * i // LOOKS) for i in range(1, LOOKS + 1))} if steps > 1 else set()
         tokens = [sum(b.tokens for b in (*f, *r)) for f, r in zip(self._forgets, self._retains, strict=True)]
         begin = time.perf_counter()
@@ -629,10 +638,14 @@ class _Stepper:
         with self.progress.stage("steps", sum(tokens)) as stage:
             for number in range(1, steps + 1):
                 begin = time.perf_counter()
-                if self.config.refit_every and number > 1 and (number - 1) % self.config.refit_every == 0:
+                if config.refit_every and number > 1 and (number - 1) % config.refit_every == 0:
                     self._fit()
                     self._refits += 1
+                weight = self._retain_weight
                 direction, half_square = self._direction(number, stage)
+                if config.kl_budget is not None and config.retain_weight and number > 1:
+                    divergence, count = self.run.ranks.sums(self._retain_kl)
+                    self._follow(divergence / count / config.kl_budget)
                 eta = self._step_size(number, direction, half_square)
                 for name, matrix in direction.items():
                     self.change[name].add_(matrix, alpha=eta)
@@ -640,7 +653,7 @@ class _Stepper:
                 self._seconds += time.perf_counter() - begin
                 self.report.tokens += tokens[number - 1]
                 if number in looks:
-                    self._look(number, eta)
+                    self._look(number, eta, weight)
                 if observe is not None and number % every == 0:
                     observe(number, self._seconds)
 
@@ -657,23 +670,27 @@ class _Stepper:
         batches = as_batches(self.fitted)
         self.curvature = fit_among(self.run.model, batches, self.config.fit, self.progress, True, store, self.run.ranks)
 
-    def _look(self, number: int, eta: float) -> None:
+    def _look(self, number: int, eta: float, weight: float) -> None:
         """Note the state on a few batches."""
         assert self.curvature is not None
         kl, retain_nll = self._glance_kl()
         forget_nll = self.run.mean_nll(self._few_forget, self.run.sequence_nll(self._few_forget, Stage(None, None)))
         predicted = self._predicted_kl()
-        weight = self._retain_weight
         self.report.steps.append(Step(number, eta, predicted, kl, forget_nll, retain_nll, self._refits, weight))
         self.progress.say(f"step {number}: forget NLL {forget_nll:.3f}, retain KL {kl:.4f}, η {eta:.3g}")
-        if self.config.kl_budget is not None:
-            self._correct(kl / self.config.kl_budget, number)
+        if self.config.kl_budget is not None and not self.config.retain_weight:
+            self._shorten(kl / self.config.kl_budget)
 
-    def _correct(self, spent: float, number: int) -> None:
-        """Pull harder to the original outputs where more than the budget is spent, and shorten steps far beyond it."""
+    def _follow(self, spent: float) -> None:
+        """Pull harder to the original outputs where more than the budget is spent, less where less is."""
+        finite = spent if math.isfinite(spent) else 1e3 * OFF
+        self._spent = finite if math.isnan(self._spent) else (self._spent + finite) / 2
+        self._retain_weight *= min(PULL[1], max(PULL[0], self._spent)) ** min(1.0, PULLS / self.config.steps)
+        self._shorten(spent)
+
+    def _shorten(self, spent: float) -> None:
+        """Take shorter steps from where far more than the budget is spent."""
         spent = spent if math.isfinite(spent) else 1e3 * OFF
-        if number > 1:
-            self._retain_weight *= min(PULL[1], max(PULL[0], spent))
         if spent > OFF:
             self._predicted *= max(OFF / spent, 1e-3)
 

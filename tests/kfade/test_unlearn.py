@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
 import pytest
@@ -13,10 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import kfade
 from kfade.capture import deterministic_mode
+from kfade.evaluate import references, scores
 from kfade.fit import check_batches
 from kfade.layers import select
 from kfade.loss import Head, Ignorance
-from kfade.unlearn import Trial, _half_square, _Run, _scaled, npo_weights, search_step_size, split_holdout
+from kfade.unlearn import Trial, _half_square, _Run, _scaled, as_batches, npo_weights, search_step_size, split_holdout
 
 WORDS = 31
 Batches = list[dict[str, Tensor]]
@@ -184,7 +184,9 @@ def test_steps_predict_what_the_first_was_measured_to_cost(share: float, shorten
     torch.manual_seed(0)
     model = llama().double()
     seen: list[dict[str, Tensor]] = []
-    config = kfade.UnlearnConfig.stepwise(steps=4, kl_budget=0.005, step_share=share, damping=0.0, retain_weight=0.0)
+    config = kfade.UnlearnConfig.stepwise(
+        steps=4, kl_budget=0.005, step_share=share, damping=0.0, retain_weight=0.0, target_temperature=2.0
+    )
     fitted, _ = split_holdout(check_batches(batches(2, 4), torch.device("cpu")), config.holdout)
     data = [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in fitted]
     # Each matrix has far fewer rows than the data, so F is invertible without damping.
@@ -210,16 +212,42 @@ def test_steps_predict_what_the_first_was_measured_to_cost(share: float, shorten
     assert (factor < 1) == shortened
 
 
-def test_weight_of_the_retain_term_follows_what_is_spent() -> None:
-    config = kfade.UnlearnConfig.stepwise(steps=8, kl_budget=0.01, step_share=1.0)
-    looks = kfade.unlearn(llama(), batches(1, 2), batches(2, 4), config).report.steps
-    assert [look.number for look in looks] == [*range(1, 9)]
-    expected = 10.0
-    for before, look in itertools.pairwise(looks):
-        # The first step alone says nothing yet.
-        expected *= min(4.0, max(0.5, before.measured_kl / 0.01)) if before.number > 1 else 1.0
-        assert look.retain_weight == pytest.approx(expected, rel=1e-12)
-    assert expected != 10.0
+@pytest.mark.parametrize("steps", [8, 32])
+def test_weight_of_the_retain_term_follows_what_is_spent(steps: int) -> None:
+    """c of a step, from the KL of all retain batches before each earlier one."""
+    model, budget = llama(), 0.01
+    config = kfade.UnlearnConfig.stepwise(steps=steps, kl_budget=budget, step_share=1.0, batches_per_step=None)
+    fitted, _ = split_holdout(check_batches(batches(2, 4), torch.device("cpu")), config.holdout)
+    data = as_batches(fitted)
+    original, spent = references(model, data), []
+    report = kfade.unlearn(
+        model, batches(1, 2), batches(2, 4), config, every=1,
+        observe=lambda number, seconds: spent.append(scores(model, data, original).kl / budget),
+    ).report  # fmt: skip
+    weights, mean = [10.0, 10.0], spent[0]
+    for number, share in enumerate(spent[:-2]):
+        mean = (mean + share) / 2 if number else share
+        weights.append(weights[-1] * min(4.0, max(0.5, mean)) ** min(1.0, 16 / steps))
+    assert [look.number for look in report.steps] == sorted({1, *range(steps // 8, steps + 1, steps // 8)})
+    for look in report.steps:
+        # KL is a small difference in float32, and a run multiplies by it at each step.
+        assert look.retain_weight == pytest.approx(weights[look.number - 1], rel=1e-3)
+    assert max(weights) > 10.0
+
+
+@pytest.mark.parametrize("probability", [0.99, 0.2])
+def test_target_is_flattened_by_how_much_is_memorised(probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def of(self: Ignorance, logits: Tensor, part: slice) -> Tensor:
+        seen.append(self.temperature)
+        return logits
+
+    monkeypatch.setattr(Ignorance, "of", of)
+    monkeypatch.setattr(_Run, "mean_nll", lambda *_: -math.log(probability))
+    kfade.unlearn(llama(), batches(1, 2), batches(2, 4), kfade.UnlearnConfig(objective="distil"))
+    assert seen == pytest.approx([1 + probability**2] * len(seen))
+    assert seen
 
 
 def test_what_cannot_meet_its_budget_is_dropped_and_reported() -> None:
