@@ -55,15 +55,19 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            self.build(ext, CUDA)
-        except CompileError as error:
-            if NATIVE == "on" and CUDA != "auto":
-                raise
-            print(f"kfade: not built with CUDA={CUDA}: {error}", flush=True)
+            self.attempt(ext, CUDA)
+        except CompileError:
             if CUDA != "auto":
                 raise
             # nvcc may be there and not work with this compiler.
-            self.build(ext, "off")
+            self.attempt(ext, "off")
+
+    def attempt(self, ext: Extension, cuda: str) -> None:
+        try:
+            self.build(ext, cuda)
+        except CompileError as error:
+            print(f"kfade: the native module was not built (KFADE_CUDA={cuda}): {error}", flush=True)
+            raise
 
     def build(self, ext: Extension, cuda: str) -> None:
         try:
