@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -11,17 +12,21 @@ from typing import Any
 
 import models
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typer.testing import CliRunner
 
 import kfade
 from kfade import FitConfig, UnlearnConfig, distributed
 from kfade.cli import app
-from kfade.sharding import reshard, whole
+from kfade.progress import return_freed_memory
+from kfade.sharding import load_shards, reshard, whole
 from kfade.storage import tensors_sha256
 
 CASES = {
@@ -218,3 +223,68 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
     """Run the command line; exit code, standard output and standard error."""
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.stdout, result.stderr
+
+
+def large_config() -> LlamaConfig:
+    """A model of 303 MB in float32, most of it in blocks of 17 MB."""
+    return LlamaConfig(
+        vocab_size=256, hidden_size=512, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+LARGE = UnlearnConfig(
+    kl_budget=0.01, holdout=0.4, trials=2, fit=FitConfig(modules=r"layers\.(0|17)\.self_attn\.o_proj$")
+)
+
+
+def large_data() -> tuple[list[models.Batch], list[models.Batch]]:
+    """Forget and retain set of the large model."""
+    return [models.batch(seed=i) for i in range(2)], [models.batch(seed=10 + i) for i in range(4)]
+
+
+def save_in_parts(model: nn.Module, folder: Path) -> None:
+    """A file a block, as large checkpoints come; the limit counts a file that is mapped."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        parts.setdefault(name.split(".")[2] if ".layers." in name else "rest", {})[name] = tensor
+    for name, tensors in parts.items():
+        save_file(tensors, folder / f"model-{name}.safetensors")
+
+
+def data_bytes() -> int:
+    """Private writable memory of this process, which is what `RLIMIT_DATA` limits."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
+
+
+def unlearn_within(group: ProcessGroup, folder: Path, room: int) -> dict[str, Any]:
+    """Unlearning of a model from `folder` by a process that may take so many bytes beyond what it has at the start."""
+    mesh = init_device_mesh("cpu", (group.size(),))
+    torch.distributed.barrier(group)
+    return_freed_memory()
+    limit = data_bytes() + room
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    whole_model = message(lambda: torch.empty(75_000_000))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(large_config()).eval()
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    # No file has what is computed when a model is built.
+    model.model.rotary_emb = LlamaRotaryEmbedding(large_config())
+    load_shards(model, folder)
+    update = kfade.unlearn(model, *large_data(), LARGE, group=group)
+    update.save(folder / "update")
+    return {"whole": whole_model, "outcome": measured(update), "limit": resource.getrlimit(resource.RLIMIT_DATA)[0]}
+
+
+def misread(group: ProcessGroup, folder: Path) -> list[str]:
+    """The errors of files that are not those of a model."""
+    model = wrapped("fsdp", models.tiny("llama"), group)
+    found = [message(lambda: load_shards(model, folder / "none"))]
+    before = digest(model)
+    found.append(message(lambda: load_shards(model, folder / "other")))
+    load_shards(model, folder / "same")
+    return [*found, before, digest(model)]

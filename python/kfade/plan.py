@@ -862,7 +862,7 @@ def plan(
         config: of the fit. Its `device_memory` is the limit, in GiB; without it, a GPU's own memory is.
         batch_size: sequences a batch.
         device: `cpu`, which is measured for two seconds, or a GPU: A100, H100, H200, B200 or L40S.
-        devices: how many share the work. More than one is an estimate: such a fit does not exist yet.
+        devices: how many share the work. More than one is an estimate that no measurement was held to.
         dtype: of the weights.
         rates: of the device, instead of those known by its name.
 

@@ -7,11 +7,18 @@ layer at a time; the output projection alone is kept whole, since its product wi
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
+
+from .errors import StorageError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -90,3 +97,43 @@ def gradient_divisor(model: nn.Module, ranks: int) -> float:
         raise ValueError(f"model has gradient divide factors {sorted(map(str, factors))}; there must be one")
     factor = factors.pop() if factors else None
     return float(ranks if factor is None else factor)
+
+
+@torch.no_grad()
+def load_shards(model: nn.Module, directory: str | Path) -> None:
+    """Fill the parameters of a sharded model from safetensors files, of which each rank reads its own shards alone.
+
+    Neither a whole state dict nor a whole parameter is in memory. Buffers stay as they are.
+
+    Args:
+        model: sharded by FSDP2, its parameters allocated (`model.to_empty(device=...)` after the meta device).
+        directory: with one or more safetensors files, whose tensors have the names of the model's parameters.
+
+    Raises:
+        StorageError: a file cannot be read, or a parameter is in none, or there in another shape.
+    """
+    reshard(model)
+    try:
+        where: dict[str, Path] = {}
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                where |= dict.fromkeys(file.keys(), path)
+        for name, parameter in model.named_parameters():
+            if name not in where:
+                raise StorageError(f"{directory} has no tensor {name}; it must have all parameters of the model")
+            with safe_open(where[name], framework="pt") as file:
+                stored = file.get_slice(name)
+                shape = list(parameter.shape)
+                if stored.get_shape() != shape:
+                    raise StorageError(
+                        f"{where[name]} has {name} of shape {stored.get_shape()}; the model's is {shape}"
+                    )
+                mine = shard_of(parameter)
+                begin: tuple[int, ...] = (0,) * mine.ndim
+                if isinstance(parameter, DTensor):
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    _, begin = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+                if mine.numel():
+                    mine.copy_(stored[tuple(slice(b, b + n) for b, n in zip(begin, mine.shape, strict=True))])
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{directory} cannot be read: {error}") from error

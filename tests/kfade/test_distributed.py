@@ -12,7 +12,9 @@ import rank_work
 import torch
 from rank_work import CASES, UNLEARNING, batches, fit_and_save, forget_and_retain
 from ranks import run_ranks
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import kfade
 from kfade import Curvature, Update, distributed
@@ -132,6 +134,43 @@ def test_ranks_unlearn_what_one_process_unlearns(size: int, how: str, names: tup
         assert found["removed"] == rank_work.digest(model)
         many.apply_(model)
         assert found["applied"] == found["loaded"] == rank_work.digest(model), "shards take what the file says"
+
+
+def test_shards_are_read_from_files(tmp_path: Path) -> None:
+    model = models.tiny("llama")
+    state = {name: p.detach().clone() + 1 for name, p in model.named_parameters()}
+    names = sorted(state)
+    for folder in ("none", "other", "same"):
+        (tmp_path / folder).mkdir()
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: state[name] for name in part}, tmp_path / "same" / f"{number}.safetensors")
+    other = {**state, "lm_head.weight": torch.zeros(3, 2)}
+    save_file(other, tmp_path / "other" / "a.safetensors")
+    first, second = run_ranks(rank_work.misread, 2, tmp_path, tmp_path)
+    assert first == second
+    assert "none has no tensor" in first[0]
+    assert "lm_head.weight of shape [3, 2]; the model's is [97, 16]" in first[1]
+    model.load_state_dict(state)
+    assert first[3] == rank_work.digest(model) != first[2]
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_the_memory_of_each_process_is_unlearned(tmp_path: Path) -> None:
+    """Four processes, none of which could hold the weights of 303 MB beside what PyTorch takes by itself."""
+    room = 250_000_000
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(rank_work.large_config()).eval()
+    weights = sum(p.nbytes for p in model.parameters())
+    assert weights > 1.2 * room
+    rank_work.save_in_parts(model, tmp_path)
+    told = run_ranks(rank_work.unlearn_within, 4, tmp_path, tmp_path, room, seconds=540)
+    assert all("can't allocate memory" in rank["whole"] for rank in told), "the limit is one"
+    one = kfade.unlearn(model, *rank_work.large_data(), rank_work.LARGE)
+    many = Update.load(tmp_path / "update")
+    for name, tensor in one.tensors.items():
+        # The rounding of float32, over the smallest damped eigenvalues.
+        oracles.assert_close(many.tensors[name], tensor, 1e-3, name)
+    assert told[0]["outcome"] == pytest.approx(rank_work.measured(one), rel=1e-3)
 
 
 def test_what_a_group_cannot_do(tmp_path: Path) -> None:
