@@ -48,12 +48,25 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of `verified.json`: an operation whose kernels were seen correct on an architecture."""
+    """One line of `verified.json`: an operation whose kernels were seen correct on an architecture.
+
+    Attributes:
+        operation: public name.
+        architecture: `sm_90`, ...
+        version: of what compiled them, Triton or CUDA.
+        date: when.
+        backend: `triton` or `cuda`.
+    """
 
     operation: str
     architecture: str
-    triton: str
+    version: str
     date: str
+    backend: str = "triton"
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.backend, self.operation, self.architecture
 
 
 def verdicts(path: Path | None = None) -> list[Verdict]:
@@ -63,9 +76,8 @@ def verdicts(path: Path | None = None) -> list[Verdict]:
 
 
 def record_verdict(path: Path, verdict: Verdict, passed: bool) -> None:
-    """Put a verdict in the place of an older one of the same operation and architecture; remove it if it failed."""
-    key = (verdict.operation, verdict.architecture)
-    kept = [v for v in verdicts(path) if (v.operation, v.architecture) != key] + ([verdict] if passed else [])
+    """Put a verdict in the place of an older one of the same kernels and architecture; remove it if it failed."""
+    kept = [v for v in verdicts(path) if v.key != verdict.key] + ([verdict] if passed else [])
     text = ",\n".join("  " + json.dumps(asdict(v)) for v in kept)
     temporary = path.with_suffix(".part")
     temporary.write_text(f"[\n{text}\n]\n" if text else "[]\n", encoding="utf-8")
@@ -74,9 +86,9 @@ def record_verdict(path: Path, verdict: Verdict, passed: bool) -> None:
 
 
 @functools.cache
-def verified() -> frozenset[tuple[str, str]]:
-    """Pairs (operation, architecture) that the correctness part of the GPU benchmark has passed on."""
-    return frozenset((verdict.operation, verdict.architecture) for verdict in verdicts())
+def verified() -> frozenset[tuple[str, str, str]]:
+    """What the correctness part of the GPU benchmark has passed on: backend, operation, architecture."""
+    return frozenset(verdict.key for verdict in verdicts())
 
 
 def refusal(operation: str, name: str, device: torch.device, dtypes: Iterable[torch.dtype]) -> str | None:
@@ -105,7 +117,7 @@ def refusal(operation: str, name: str, device: torch.device, dtypes: Iterable[to
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None if enabled else f"the interpreter serves only with {ENABLE}=triton"
     architecture = of_tensors(device).architecture
-    if enabled or (operation, architecture) in verified():
+    if enabled or ("triton", operation, architecture) in verified():
         return None
     return f"not yet seen correct on {architecture} ({ENABLE}=triton switches it on)"
 

@@ -136,7 +136,7 @@ def tables(values: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     ]
     switches = (("KFADE_DISABLE", values["disabled"]), ("KFADE_ENABLE", values["enabled"]))
     machine += [[name, value] for name, value in switches if value]
-    seen = [[v["operation"], v["architecture"], v["triton"], v["date"]] for v in values["verified"]]
+    seen = [[v["operation"], v["backend"], v["architecture"], v["version"], v["date"]] for v in values["verified"]]
     packages = [["kfade", values["kfade"]], *([k, v or "not installed"] for k, v in values["packages"].items())]
     kernels = [
         [
@@ -154,8 +154,8 @@ def tables(values: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         ("Packages", ["package", "version"], packages),
         ("Kernels", ["operation", "device", "rows", "backend", "configuration", "why"], kernels),
         (
-            "Triton kernels seen correct on a GPU",
-            ["operation", "architecture", "Triton", "date"],
-            seen or [["none", "–", "–", "–"]],
+            "GPU kernels seen correct",
+            ["operation", "backend", "architecture", "version", "date"],
+            seen or [["none", "–", "–", "–", "–"]],
         ),
     ]

@@ -88,7 +88,7 @@ def test_verdicts(session: gpu.Session, monkeypatch: pytest.MonkeyPatch) -> None
     gpu.correctness(session)
     (first, second) = verdicts(path)
     assert first == other
-    assert (second.operation, second.architecture) == ("syrk_", "sm_90") and second.date and second.triton
+    assert (second.operation, second.architecture) == ("syrk_", "sm_90") and second.date and second.version
     assert session.out is not None and verdicts(session.out / "verified.json") == [first, second]
     session.budget = -1.0
     gpu.correctness(session)

@@ -95,9 +95,9 @@ def test_off_until_seen_correct(gpu: devices.Device, operation: str, monkeypatch
     assert said.backend == "pytorch"
     reason = dict(said.refused)["triton"]
     assert reason == f"not yet seen correct on {gpu.architecture} (KFADE_ENABLE=triton switches it on)"
-    monkeypatch.setattr(triton_support, "verified", lambda: frozenset({(operation, gpu.architecture)}))
+    monkeypatch.setattr(triton_support, "verified", lambda: frozenset({("triton", operation, gpu.architecture)}))
     assert kk.explain(operation, *args, **kwargs).backend == "triton"
-    monkeypatch.setattr(triton_support, "verified", lambda: frozenset({(operation, "sm_75")}))
+    monkeypatch.setattr(triton_support, "verified", lambda: frozenset({("triton", operation, "sm_75")}))
     assert kk.explain(operation, *args, **kwargs).backend == "pytorch"
 
 
