@@ -12,7 +12,7 @@ from .. import arguments as check
 from ..dispatch import Backend, declare
 from ..packed import PackedSymmetric
 from ..syrk import check_rows
-from . import cpu, pytorch, reference, triton
+from . import cpu, cuda, pytorch, reference, triton
 
 Accumulators = PackedSymmetric | Sequence[PackedSymmetric]
 Rows = Tensor | Sequence[Tensor]
@@ -78,6 +78,7 @@ _accumulate = declare(
     _prepare,
     lambda *_: None,
     [
+        Backend("cuda", cuda.run, cuda.refuses, cuda.configuration),
         Backend("triton", triton.run, triton.refuses, triton.configuration),
         Backend("cpu", cpu.run, cpu.refuses, cpu.configuration),
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import arguments as check
 from ..dispatch import Backend, declare
 from ..rotation import check_basis
-from . import cpu, pytorch, reference, triton
+from . import cpu, cuda, pytorch, reference, triton
 
 
 def _check_tokens(g: Tensor, a: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -78,6 +78,7 @@ _correct = declare(
     _prepare,
     lambda *_: None,
     [
+        Backend("cuda", cuda.run, cuda.refuses, cuda.configuration),
         Backend("triton", triton.run, triton.refuses, triton.configuration),
         Backend("cpu", cpu.run, cpu.refuses, cpu.configuration),
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import arguments as check
 from ..dispatch import Backend, declare
 from ..packed import PackedSymmetric
-from . import cpu, pytorch, reference, triton
+from . import cpu, cuda, pytorch, reference, triton
 
 
 def check_rows(acc_name: str, acc: PackedSymmetric, x_name: str, x: Tensor, ones_column: bool) -> None:
@@ -47,6 +47,7 @@ _syrk = declare(
     _prepare,
     lambda *_: None,
     [
+        Backend("cuda", cuda.run, cuda.refuses, cuda.configuration),
         Backend("triton", triton.run, triton.refuses, triton.configuration),
         Backend("cpu", cpu.run, cpu.refuses, cpu.configuration),
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
