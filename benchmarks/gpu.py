@@ -1,6 +1,7 @@
 """Everything that needs a GPU: are the kernels right, and how fast are they.
 
     python benchmarks/gpu.py --part correctness --out results   # first: switches the kernels on where they are right
+    python benchmarks/gpu.py --part correctness --backend cuda --out results   # the same of the kernels in CUDA
     python benchmarks/gpu.py --part syrk --out results
     python benchmarks/gpu.py --part all --budget-seconds 3600
     python benchmarks/gpu.py --dry-run --device H100            # without a GPU: tiny checks, and what would be timed
@@ -14,7 +15,8 @@ printed beside what the cost model predicts. Rows are appended to `benchmarks/re
 
 The part `correctness` holds every operation against float64, in every dtype and with every shipped
 configuration, twice for equal bits. An operation that passes is entered in `kfade_kernels/verified.json`, which
-switches its kernels on by default on that architecture; one that fails is taken out.
+switches its kernels on by default on that architecture; one that fails is taken out. With `--backend cuda` these are
+the kernels of `csrc/cuda/`, which must have been built, and which are timed beside Triton's wherever they serve.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ if "--dry-run" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch  # noqa: E402
-from kfade_kernels import cost, problems  # noqa: E402
+from kfade_kernels import cost, native, problems  # noqa: E402
 from kfade_kernels.configurations import Configuration, forced, has_descriptors  # noqa: E402
 from kfade_kernels.cost import Cost, Prediction, predict, product_rate  # noqa: E402
+from kfade_kernels.cuda_support import SIXTEEN_BIT, form_of  # noqa: E402
 from kfade_kernels.devices import ARCHITECTURES, DEVICES, H100, Device, of_tensors  # noqa: E402
 from kfade_kernels.problems import Problem  # noqa: E402
 from kfade_kernels.timing import Timer, Times, Work, extra_bytes, interleaved  # noqa: E402
@@ -67,6 +70,8 @@ WRONG, UNUSABLE, LATE = 4, 3, 5
 GRACE, STUCK, COMPILING = 20.0, 240.0, 150.0
 DRY_DTYPES = (torch.float16, torch.float32)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What has kernels in CUDA.
+CUDA_OPERATIONS = ("syrk_", "accumulate_factors_", "eigenvalue_correction_")
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Session:
         first: number of the problem to begin with.
         without: providers of that problem to leave out, since a process has ended in them.
         progress: file of the number that is worked on, and of the provider.
+        backend: `triton` or `cuda`, whose kernels are checked.
     """
 
     where: torch.device
@@ -96,6 +102,7 @@ class Session:
     first: int = 0
     without: Sequence[str] = ()
     progress: Path | None = None
+    backend: str = "triton"
 
     def left(self) -> float:
         """Seconds of this part's budget that are left."""
@@ -140,7 +147,9 @@ class Session:
 
     def verdict(self, operation: str, passed: bool) -> None:
         """Enter an operation in `verified.json`, or take it out."""
-        verdict = Verdict(operation, self.device.architecture, triton_version(), datetime.date.today().isoformat())
+        version = triton_version() if self.backend == "triton" else str(native.module and native.module.cuda_version)
+        today = datetime.date.today().isoformat()
+        verdict = Verdict(operation, self.device.architecture, version, today, self.backend)
         shipped = ROOT / "kfade_kernels" / VERIFIED
         record_verdict(shipped, verdict, passed)
         if self.out is not None:
@@ -208,14 +217,22 @@ def require_usable(session: Session) -> None:
 
 def check_problem(session: Session, problem: Problem) -> Iterator[tuple[str, str | None]]:
     """For each configuration its name, and what is wrong with the results."""
-    refused = problems.served_here(problem)
-    if refused is not None:
+    refused = problems.served_here(problem, session.backend)
+    if refused is not None and session.backend == "triton":
         yield "", f"Triton does not serve it: {refused}"
         return
+    if refused is not None:
+        # The kernels in CUDA take fewer dtypes and layouts.
+        session.say(f"  {problem.operation} {problem.size}, {short(problem.dtype)}: not served: {refused}")
+        return
     against = problems.reference(problem)
+    if session.backend == "cuda":
+        with problems.by("cuda"):
+            yield str(form_of(problem.kernel, session.device)), problems.fault(problem, against)
+        return
     for dtype, configuration in configurations_of(problem, session.device):
         name = str(configuration)
-        with forced(problem.kernel, configuration, dtype), problems.by_triton():
+        with forced(problem.kernel, configuration, dtype), problems.by("triton"):
             try:
                 yield name, problems.fault(problem, against)
             except Exception as error:  # what a compiler or a driver fails with is a finding here
@@ -224,19 +241,19 @@ def check_problem(session: Session, problem: Problem) -> Iterator[tuple[str, str
                     return
 
 
-def checks_of(only: str | None, dry: bool) -> list[tuple[str, torch.dtype, Make]]:
+def checks_of(only: str | None, dry: bool, backend: str = "triton") -> list[tuple[str, torch.dtype, Make]]:
     """Operation, dtype and maker of every problem that is checked, one operation after the other."""
     return [
         (operation, dtype, make)
         for operation, checks in CHECKS.items()
-        if only in (None, operation)
+        if only in (None, operation) and (backend == "triton" or operation in CUDA_OPERATIONS)
         for dtype, make in checks.problems(dry, DRY_DTYPES if dry else DTYPES)
     ]
 
 
 def correctness(session: Session, only: str | None = None, *, dry: bool = False) -> None:
     """Check every operation, and switch on those that pass; one that fails is switched off at once."""
-    checks = checks_of(only, dry)
+    checks = checks_of(only, dry, session.backend)
     for operation in session.failed:
         session.verdict(operation, False)
     count = wrong = 0
@@ -262,7 +279,8 @@ def correctness(session: Session, only: str | None = None, *, dry: bool = False)
                     session.verdict(operation, False)
         if number + 1 == len(checks) or checks[number + 1][0] != operation:
             whole = number + 1 - session.first >= sum(one[0] == operation for one in checks)
-            right = operation not in session.failed
+            # What served nothing has shown nothing.
+            right = operation not in session.failed and count > 0
             result = (
                 "right" if right and whole else f"{wrong} wrong" if wrong else "wrong" if not right else "not whole"
             )
@@ -283,7 +301,7 @@ def head(session: Session) -> None:
 
 
 def providers_of(session: Session, problem: Problem, timing: Timing) -> dict[str, Work]:
-    """The baselines, `torch.compile` of one of them if asked for, and kfade with and without Triton's kernels."""
+    """The baselines, `torch.compile` of one of them if asked for, and kfade with each kind of kernels."""
 
     def switched(work: Work, **switches: str) -> Work:
         def switching() -> object:
@@ -300,13 +318,26 @@ def providers_of(session: Session, problem: Problem, timing: Timing) -> dict[str
         compiled = torch.compile(problem.baselines[timing.compiled], mode="max-autotune")
         found[f"{timing.compiled}, torch.compile"] = compiled
     if problem.operation in ("syrk_", "rotate", "kron_solve", "eigenvalue_correction_"):
-        found["kfade, PyTorch"] = switched(problem.run, disable="triton")
+        found["kfade, PyTorch"] = switched(problem.run, disable="triton,cuda")
     refused = problems.served_here(problem)
     if refused is None:
-        found["kfade, Triton"] = switched(problem.run, enable="triton")
+        found["kfade, Triton"] = switched(problem.run, enable="triton", disable="cuda")
     else:
         session.say(f"  Triton does not serve it: {refused}")
+    if problem.operation in CUDA_OPERATIONS:
+        refused = problems.served_here(problem, "cuda")
+        if refused is None:
+            # Tokens are rotated by Triton's kernels here too.
+            found["kfade, CUDA"] = switched(problem.run, enable="cuda,triton")
+        else:
+            session.say(f"  CUDA does not serve it: {refused}")
     return found
+
+
+def in_cuda(problem: Problem, device: Device) -> Configuration | None:
+    """What the kernels in CUDA would run a problem with, as the cost model counts it, or None."""
+    form = form_of(problem.kernel, device) if problem.operation in CUDA_OPERATIONS else None
+    return form.configuration() if form is not None and problem.dtype in SIXTEEN_BIT else None
 
 
 def attempt(session: Session, work: Work) -> str | None:
@@ -326,7 +357,8 @@ def time_problem(session: Session, part: str, number: int) -> None:
     problem = timing.make(session.where)
     c = problem.configuration(session.device)
     found = problem.cost(c, session.device)
-    expected = predict(found, session.device)
+    compiled = in_cuda(problem, session.device)
+    configurations = {"kfade, Triton": c} if compiled is None else {"kfade, Triton": c, "kfade, CUDA": compiled}
     session.say(f"\n{problem.operation} {problem.size}, {short(problem.dtype)}; {c}")
     head(session)
     providers = providers_of(session, problem, timing)
@@ -348,12 +380,13 @@ def time_problem(session: Session, part: str, number: int) -> None:
     rows = []
     for name, work in works.items():
         flops = found.flops if name.startswith("kfade") else found.effective_flops
-        ours = name == "kfade, Triton"
+        own = configurations.get(name)
+        expected = None if own is None else predict(problem.cost(own, session.device), session.device)
         rows.append(
             timed_row(
                 part, names(problem), name, times[name], base, found.effective_flops, flops, peak,
                 extra_mib=round(extra_bytes(work, session.where) / 2**20, 1),
-                configuration=str(c) if ours else "", expected=expected if ours else None,
+                configuration="" if own is None else str(own), expected=expected,
             )
         )  # fmt: skip
         print_row(session, rows[-1])
@@ -556,8 +589,9 @@ def fit(session: Session) -> None:
         session.say("transformers is not installed; this part is left out")
         return
     works: dict[str, tuple[Fit, dict[str, str]]] = {
-        "kfade, Triton": (fit_ours, {"enable": "triton"}),
-        "kfade, PyTorch": (fit_ours, {"disable": "triton"}),
+        "kfade, CUDA": (fit_ours, {"enable": "cuda,triton"}),
+        "kfade, Triton": (fit_ours, {"enable": "triton", "disable": "cuda"}),
+        "kfade, PyTorch": (fit_ours, {"disable": "triton,cuda"}),
     }
     if installed("kronfluence"):
         works["kronfluence"] = (fit_theirs, {})
@@ -610,6 +644,10 @@ def plan(session: Session, parts: Sequence[str]) -> None:
             problem = timing.make(torch.device("meta"))
             found = problem.cost(problem.configuration(session.device), session.device)
             line(part, problem.operation, problem.size, short(problem.dtype), found)
+            compiled = in_cuda(problem, session.device)
+            if compiled is not None:
+                found = problem.cost(compiled, session.device)
+                line(part, "  in CUDA", problem.size, short(problem.dtype), found)
         if part == "eigh":
             for dtype, order, batch in EIGH:
                 line(part, "eigh", f"{batch} of order {order}", short(dtype), cost.eigh(order, dtype, batch=batch))
@@ -718,6 +756,7 @@ def work(options: argparse.Namespace) -> int:
     session = Session(
         where, of_tensors(where), options.budget_seconds, options.out, options.results,
         failed=options.failed, first=options.first, without=options.without, progress=options.progress,
+        backend=options.backend,
     )  # fmt: skip
     known = session.device.architecture in ARCHITECTURES
     session.say(
@@ -736,6 +775,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--operation", choices=CHECKS, help="of the part correctness, this one alone")
+    parser.add_argument(
+        "--backend", choices=("triton", "cuda"), default="triton", help="of the part correctness, whose kernels"
+    )
     parser.add_argument("--first", type=int, default=0, metavar="N", help="problem of the part to begin with")
     parser.add_argument("--budget-seconds", type=float, default=520.0, help="of each part")
     parser.add_argument("--out", type=Path, metavar="DIR", help="copies of the rows, of verified.json, and a log")
@@ -766,8 +808,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return work(options)
     session = Session(torch.device("cpu"), H100, options.budget_seconds, options.out, options.results)
     session.first = options.first
-    given = [f"--{name}={value}" for name in ("operation", "out", "results") if (value := getattr(options, name))]
-    operations = [operation for operation, _, _ in checks_of(options.operation, False)]
+    handed_on = ("operation", "backend", "out", "results")
+    given = [f"--{name}={value}" for name in handed_on if (value := getattr(options, name))]
+    operations = [operation for operation, _, _ in checks_of(options.operation, False, options.backend)]
     passed = [
         supervise(
             session, part, [sys.executable, __file__, f"--part={part}", *given],

@@ -55,9 +55,13 @@ def backends(*, enable: str = "", disable: str = "") -> Iterator[None]:
                 os.environ[name] = value
 
 
-def by_triton() -> AbstractContextManager[None]:
-    """Context in which Triton's kernels serve what they can, seen correct here or not."""
-    return backends(enable="triton", disable="pytorch,cpu")
+# Backends of GPU kernels, and what is switched off so that one of them alone serves what it can.
+OTHERS = {"triton": "cuda,cpu,pytorch", "cuda": "triton,cpu,pytorch"}
+
+
+def by(backend: str) -> AbstractContextManager[None]:
+    """Context in which `triton`'s or `cuda`'s kernels serve what they can, seen correct here or not."""
+    return backends(enable=backend, disable=OTHERS[backend])
 
 
 @dataclass(frozen=True)
@@ -661,10 +665,10 @@ def update(
     )  # fmt: skip
 
 
-def served_here(problem: Problem) -> str | None:
-    """Why Triton would not serve a problem even where it is switched on, or None."""
-    with by_triton():
+def served_here(problem: Problem, backend: str = "triton") -> str | None:
+    """Why a backend of GPU kernels would not serve a problem even where it is switched on, or None."""
+    with by(backend):
         answer = problem.explain()
-    if answer.backend == "triton":
+    if answer.backend == backend:
         return None
-    return dict(answer.refused).get("triton", "the operation has no Triton kernel")
+    return dict(answer.refused).get(backend, f"the operation has no kernel of {backend}")

@@ -153,7 +153,7 @@ def measure(
             continue
         if time.monotonic() > until:
             return
-        with forced(kernel, trial.configuration, problem.operands or problem.dtype), problems.by_triton():
+        with forced(kernel, trial.configuration, problem.operands or problem.dtype), problems.by("triton"):
             try:
                 trial.fault = check(problem, against)
                 if trial.fault is None:
