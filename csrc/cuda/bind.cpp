@@ -115,6 +115,9 @@ void bind_cuda(py::module_& m) {
   define("cuda_squares", &products<&launch_squares, &squares_facts>);
   m.def("cuda_ordered_sum", [](const std::string& operation, const std::string& kernel, uintptr_t table, int tiles,
                                uintptr_t partials, float alpha, int group, uintptr_t stream) {
+    if (operation != "outer" && operation != "squares") {
+      throw std::invalid_argument("operation is '" + operation + "'; it must be outer or squares");
+    }
     const Facts facts = operation == "outer" ? outer_facts(kernel_of(kernel)) : squares_facts(kernel_of(kernel));
     const Launch launch = launch_of(table, 1, partials, alpha, 64, false, group);
     require(tiles >= 1, "tiles", tiles, "at least 1");

@@ -12,9 +12,9 @@ KFADE_DEVICE void write_element(const Target& to, int row, int column, float x) 
   *at = to.add ? *at + x : x;
 }
 
-// A warp's 16 rows from `row` on, and `Columns` columns from `column` on. Lanes exchange half of what they hold, so that
-// each then has four neighbours in a row: 16 bytes an access, and all of every 32-byte sector that is touched. The old
-// values of 64 columns are loaded before the first store, since the compiler may not move loads over stores.
+// A warp's 16 rows from `row` on, and `Columns` columns from `column` on. Lanes exchange half of what they hold, so
+// that each then has four neighbours in a row: 16 bytes an access, and all of every 32-byte sector that is touched. The
+// old values of 64 columns are loaded before the first store, since the compiler may not move loads over stores.
 template <int Columns>
 KFADE_DEVICE void write_wide(const float (&acc)[Columns / 2], const Target& to, int row, int column) {
   constexpr int kTogether = Columns < 64 ? Columns / 16 : 4;
@@ -44,8 +44,9 @@ KFADE_DEVICE void write_wide(const float (&acc)[Columns / 2], const Target& to, 
         const Four mine = odd ? Four{x, y, high[0], high[1]} : Four{low[0], low[1], x, y};
         const bool inside = row + lane / 4 + 8 * h < to.rows && first + 16 * (begin + j) < to.columns;
         const Four& o = old[j][h];
-        store_four(at + 8 * h * to.stride + 16 * (begin + j), inside,
-                   {o.x + to.scale * mine.x, o.y + to.scale * mine.y, o.z + to.scale * mine.z, o.w + to.scale * mine.w});
+        const Four sum{o.x + to.scale * mine.x, o.y + to.scale * mine.y, o.z + to.scale * mine.z,
+                       o.w + to.scale * mine.w};
+        store_four(at + 8 * h * to.stride + 16 * (begin + j), inside, sum);
       }
     }
   }

@@ -1,8 +1,8 @@
 // The kernel of sm_90a: leftᵀ right by warpgroup products, for `syrk_` and `eigenvalue_correction_`.
 //
-// A pair of blocks (a cluster) takes a tile of 256 rows, each block 128 of them. Both need the same columns of the right
-// operand: each loads half, and the copy engine writes it to both. In a block one thread loads, two warpgroups multiply
-// 64 rows each, and where rows are left out two warps clear them in shared memory between the two:
+// A pair of blocks (a cluster) takes a tile of 256 rows, each block 128 of them. Both need the same columns of the
+// right operand: each loads half, and the copy engine writes it to both. In a block one thread loads, two warpgroups
+// multiply 64 rows each, and where rows are left out two warps clear them in shared memory between the two:
 //
 //     loader ──full──▶ (clearing warps ──ready──▶) two warpgroups ──empty──▶ loaders of both blocks
 //

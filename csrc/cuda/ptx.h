@@ -58,7 +58,8 @@ KFADE_DEVICE Four load_four(const float* at, bool wanted) {
 }
 KFADE_DEVICE void store_four(float* at, bool wanted, Four f) {
   asm volatile(
-      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n@wanted st.global.v4.f32 [%4], {%0, %1, %2, %3};\n}" ::"f"(f.x),
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
+      "@wanted st.global.v4.f32 [%4], {%0, %1, %2, %3};\n}" ::"f"(f.x),
       "f"(f.y), "f"(f.z), "f"(f.w), "l"(at), "r"(static_cast<int>(wanted))
       : "memory");
 }
@@ -238,7 +239,7 @@ KFADE_DEVICE void products_done(float (&acc)[Count]) {
       : KFADE_32(acc, 0), KFADE_32(acc, 32)                                               \
       : "l"(left), "l"(right), "r"(keep))
 
-// acc = leftᵀ right, or with `keep` acc += leftᵀ right, for 64 rows and twice as many columns as there are accumulators.
+// acc = leftᵀ right, or with `keep` acc += leftᵀ right: 64 rows, and twice as many columns as there are accumulators.
 template <class Element, int Count>
 KFADE_DEVICE void multiply(float (&acc)[Count], uint64_t left, uint64_t right, int keep) {
   constexpr bool bf16 = Element::kBf16;

@@ -1,4 +1,4 @@
-// The functions of cuda/ptx.h on a CPU: every thread of a cluster is a fibre, and waits give way to others in random order.
+// The functions of cuda/ptx.h on a CPU: every thread of a cluster is a fibre, and waits give way in random order.
 // Copies by the engine come late, products read their operands when they are waited for, barriers count as the PTX ISA
 // says, and what hardware would leave undefined is an error. For tests: it runs the kernels as they are.
 #pragma once
@@ -125,6 +125,7 @@ inline void check(bool holds, const char* what) {
     std::abort();
   }
 }
+inline bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 inline Block& block() { return *machine.now->block; }
 [[gnu::noinline]] inline void yield() {
   if (_setjmp(machine.now->left) == 0) _longjmp(machine.scheduler, 1);
@@ -334,7 +335,10 @@ inline void start_box(uint32_t to, const TensorMap* map, uint32_t bar, int colum
 inline int thread_index() { return emulation::machine.now->thread; }
 inline int block_index() { return emulation::block().index; }
 inline int block_count() { return emulation::machine.blocks; }
-inline void block_sync() { emulation::pass(emulation::block().all, static_cast<int>(emulation::block().fibres.size())); }
+inline void block_sync() {
+  emulation::Block& b = emulation::block();
+  emulation::pass(b.all, static_cast<int>(b.fibres.size()));
+}
 inline void warp_sync() { emulation::pass(emulation::warp_gate(), 32); }
 inline float exchange(float x, int distance) {
   emulation::machine.now->slot = x;
@@ -344,11 +348,11 @@ inline float exchange(float x, int distance) {
   return y;
 }
 inline Four load_four(const float* at, bool wanted) {
-  emulation::check(!wanted || reinterpret_cast<uintptr_t>(at) % 16 == 0, "16 bytes are read from an address that is not aligned");
+  emulation::check(!wanted || emulation::aligned(at), "16 bytes are read from an address that is not aligned");
   return wanted ? Four{at[0], at[1], at[2], at[3]} : Four{0.0f, 0.0f, 0.0f, 0.0f};
 }
 inline void store_four(float* at, bool wanted, Four f) {
-  emulation::check(!wanted || reinterpret_cast<uintptr_t>(at) % 16 == 0, "16 bytes are written to an address that is not aligned");
+  emulation::check(!wanted || emulation::aligned(at), "16 bytes are written to an address that is not aligned");
   if (wanted) std::memcpy(at, &f, 16);
 }
 inline uint32_t shared_base() { return emulation::kBase; }
@@ -367,7 +371,7 @@ inline void store_shared(uint32_t address, float x) {
 
 inline void copy_async(uint32_t to, const void* from, bool keep) {
   emulation::Block* b = &emulation::block();
-  emulation::check(reinterpret_cast<uintptr_t>(from) % 16 == 0, "16 bytes are copied from an address that is not aligned");
+  emulation::check(emulation::aligned(from), "16 bytes are copied from an address that is not aligned");
   emulation::machine.now->copying.back().push_back([=] {
     unsigned char* at = emulation::shared(*b, to, 16, 16);
     if (keep) {
