@@ -48,7 +48,7 @@ class Backend:
     """One implementation of an operation.
 
     Attributes:
-        name: `cuda`, `triton`, `pytorch` or `reference`.
+        name: `cuda`, `triton`, `cpu`, `pytorch` or `reference`.
         run: takes the arguments of the schema.
         refuses: takes the same arguments; returns why this backend cannot serve them, or None.
         configuration: takes the same arguments; says how the call would be run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import shutil
@@ -19,6 +20,7 @@ OPTIONS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wal
 QUIET = ("-Wno-unknown-pragmas", "-Wno-clobbered")
 
 
+@functools.cache
 def emulated_module() -> Any:
     """The module `emulated`; skips where there is no compiler."""
     compiler = shutil.which("g++") or shutil.which("c++")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..syrk import cuda as syrk
-from .triton import _problems
+from .triton import problems_of
 
 
 def run(
@@ -16,7 +16,7 @@ def run(
     ones_columns: list[bool],
     allow_tf32: bool,
 ) -> None:
-    syrk.add_outer_products(_problems(packed, orders, rows, masks, ones_columns), 1.0)
+    syrk.add_outer_products(problems_of(packed, orders, rows, masks, ones_columns), 1.0)
 
 
 def refuses(packed: list[Tensor], orders: list[int], rows: list[Tensor], *_: object) -> str | None:
@@ -33,4 +33,4 @@ def configuration(
     ones_columns: list[bool],
     allow_tf32: bool,
 ) -> str:
-    return syrk.describe(_problems(packed, orders, rows, masks, ones_columns))
+    return syrk.describe(problems_of(packed, orders, rows, masks, ones_columns))

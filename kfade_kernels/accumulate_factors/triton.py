@@ -10,7 +10,7 @@ from torch import Tensor
 from ..syrk import triton as syrk
 
 
-def _problems(
+def problems_of(
     packed: list[Tensor], orders: list[int], rows: list[Tensor], masks: list[Tensor | None], ones_columns: list[bool]
 ) -> list[syrk.Problem]:
     return [syrk.problem(*parts) for parts in zip(packed, orders, rows, masks, ones_columns, strict=True)]
@@ -24,7 +24,7 @@ def run(
     ones_columns: list[bool],
     allow_tf32: bool,
 ) -> None:
-    syrk.add_outer_products(_problems(packed, orders, rows, masks, ones_columns), 1.0, allow_tf32)
+    syrk.add_outer_products(problems_of(packed, orders, rows, masks, ones_columns), 1.0, allow_tf32)
 
 
 def refuses(packed: list[Tensor], orders: list[int], rows: list[Tensor], *_: object) -> str | None:
@@ -41,4 +41,4 @@ def configuration(
     ones_columns: list[bool],
     allow_tf32: bool,
 ) -> str:
-    return syrk.describe(_problems(packed, orders, rows, masks, ones_columns), allow_tf32)
+    return syrk.describe(problems_of(packed, orders, rows, masks, ones_columns), allow_tf32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import cuda_support as cuda
 from ..triton_support import short
-from .triton import FEWEST_ROWS, SMALLEST_ORDER, Problem, _place, alike, problem, rounds, splits_of, tiles_of
+from .triton import FEWEST_ROWS, SMALLEST_ORDER, Problem, alike, place, problem, rounds, splits_of, tiles_of
 
 
 def add_outer_products(problems: Sequence[Problem], alpha: float) -> None:
@@ -30,7 +30,7 @@ def _rows(problems: Sequence[Problem], form: cuda.Form) -> list[tuple[int, ...]]
     tiles = [tiles_of(p.width, c) for p in problems]
     splits = splits_of([p.rows for p in problems], tiles, c, cuda.device_at(x.device), x.element_size())
     return [
-        (*_place(p), p.rows, p.width, p.order, p.x.stride(0), cuda.part_of(p.rows, parts, form.depth))
+        (*place(p), p.rows, p.width, p.order, p.x.stride(0), cuda.part_of(p.rows, parts, form.depth))
         for p, parts in zip(problems, splits, strict=True)
     ]
 

@@ -149,7 +149,7 @@ def _launch(problems: list[Problem], alpha: float, c: Configuration) -> None:
     for p, count, parts in zip(problems, tiles, splits, strict=True):
         split_tiles += count if parts > 1 else 0
         table.add(
-            count * parts, *_place(p), p.rows, p.width, p.order, p.x.stride(0), parts, partial, split_tiles,
+            count * parts, *place(p), p.rows, p.width, p.order, p.x.stride(0), parts, partial, split_tiles,
         )  # fmt: skip
         partial += count * parts if parts > 1 else 0
     partials = torch.zeros(partial * c.block_m * c.block_n, dtype=torch.float32, device=where)
@@ -173,7 +173,7 @@ def _launch(problems: list[Problem], alpha: float, c: Configuration) -> None:
         sums = support.Table(FIELDS)
         for p in biased:
             blocks = -(-p.order // COLUMN_SUM.block_n)
-            sums.add(blocks, *_place(p), p.rows, p.width, p.order, p.x.stride(0))
+            sums.add(blocks, *place(p), p.rows, p.width, p.order, p.x.stride(0))
         support.launch(
             column_sum_kernel, sums.work, COLUMN_SUM, where, table=sums.to(where), problems=len(biased), alpha=alpha,
             DTYPE=dtype, MASKED=biased[0].mask is not None, BN=COLUMN_SUM.block_n, BK=COLUMN_SUM.block_k,
@@ -181,7 +181,8 @@ def _launch(problems: list[Problem], alpha: float, c: Configuration) -> None:
         )  # fmt: skip
 
 
-def _place(p: Problem) -> tuple[int, int, int]:
+def place(p: Problem) -> tuple[int, int, int]:
+    """Addresses of x, of the triangle, and of the mask or 0."""
     return p.x.data_ptr(), p.packed.data_ptr(), support.address(p.mask)
 
 
