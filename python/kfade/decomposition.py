@@ -1,6 +1,17 @@
-"""Second stage: eigenvectors and eigenvalues of the factors."""
+"""Second stage: eigenvectors and eigenvalues of the factors, on a CPU as many at once as there are threads.
+
+LAPACK gains little from a second thread, and loses much where another process has that core, but PyTorch lets go of
+the interpreter while LAPACK works. So each factor is decomposed by one thread, largest first, and has the same bits
+whatever is decomposed beside it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from kfade_kernels import PackedSymmetric, low_rank
@@ -14,6 +25,9 @@ from .errors import NonFiniteError
 # which float32 is retried.
 ROUNDINGS = 1_000.0
 PROBES = 8
+# From this order on, factors of a CPU are decomposed one after the other by all threads: as many at once as there are
+# threads would take too much memory.
+ALONE = 8192
 
 
 def _is_accurate(a: Tensor, values: Tensor, vectors: Tensor) -> bool:
@@ -31,6 +45,17 @@ def _is_accurate(a: Tensor, values: Tensor, vectors: Tensor) -> bool:
     return float(residual) <= limit * (float(torch.linalg.norm(a)) or 1.0) and float(skew) <= limit
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Within this block operations that are called from this thread take so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def decompose(total: PackedSymmetric, count: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues `[n]`, ascending and clamped at 0, and eigenvectors `[n, n]` in columns of `total / count`.
 
@@ -43,6 +68,11 @@ def decompose(total: PackedSymmetric, count: float) -> tuple[Tensor, Tensor]:
     dense = total.to_dense().div_(max(1, count))
     if not bool(torch.isfinite(dense).all()):
         raise NonFiniteError(f"a factor of order {total.n} has a NaN or infinite entry: its sum overflowed")
+    with _threads(torch.get_num_threads() if total.n >= ALONE else 1):
+        return _eigh(dense)
+
+
+def _eigh(dense: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(dense)
         if _is_accurate(dense, values, vectors):
@@ -53,7 +83,7 @@ def decompose(total: PackedSymmetric, count: float) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(dense.double())
     except torch.linalg.LinAlgError as error:
-        raise RuntimeError(f"eigh of a factor of order {total.n} failed in float64 too: {error}") from error
+        raise RuntimeError(f"eigh of a factor of order {len(dense)} failed in float64 too: {error}") from error
     return values.clamp_(min=0).to(dense.dtype), vectors.to(dense.dtype).contiguous()
 
 
@@ -68,5 +98,65 @@ def decompose_sketch(sketch: Sketch, count: float, rank: int) -> tuple[Tensor, T
     """
     if not bool(torch.isfinite(sketch.y).all() and torch.isfinite(sketch.trace)):
         raise NonFiniteError(f"a factor of order {sketch.y.shape[0]} has a NaN or infinite entry: its sum overflowed")
-    values, vectors = low_rank.nystrom(sketch.y, sketch.omega, float(sketch.trace), rank)
+    with _threads(1):
+        values, vectors = low_rank.nystrom(sketch.y, sketch.omega, float(sketch.trace), rank)
     return values / max(1, count), vectors
+
+
+@dataclass(frozen=True)
+class Job:
+    """A factor that is to be decomposed.
+
+    Attributes:
+        cost: of it, by which jobs are ordered: `n³`, or `n·l²` of a sketch `[n, l]`.
+        alone: nothing runs beside it.
+        work: decomposes it, on any thread.
+        take: is given the result, on the thread that runs the jobs.
+    """
+
+    cost: float
+    alone: bool
+    work: Callable[[], tuple[Tensor, Tensor]]
+    take: Callable[[tuple[Tensor, Tensor]], None]
+
+
+def run(jobs: Sequence[Job]) -> None:
+    """Run jobs, dearest first, as many at once as PyTorch has threads.
+
+    The first error ends it, once what is in hand has been taken.
+    """
+    threads = torch.get_num_threads()
+    jobs = sorted(jobs, key=lambda job: -job.cost)
+    # A setting of the process: no job may find it otherwise than the others.
+    with float32_products():
+        for job in (job for job in jobs if job.alone or threads == 1):
+            job.take(job.work())
+        if threads > 1:
+            try:
+                _run_together((job for job in jobs if not job.alone), threads)
+            finally:
+                torch.set_num_threads(threads)  # what threads of later begin with
+
+
+def _run_together(jobs: Iterator[Job], threads: int) -> None:
+    failed: BaseException | None = None
+    running: dict[Future[tuple[Tensor, Tensor]], Job] = {}
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        while failed is None or running:
+            if failed is None:
+                running |= {pool.submit(job.work): job for job in islice(jobs, threads - len(running))}
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                error = _take(running.pop(future), future)
+                failed = failed or error
+    raise failed
+
+
+def _take(job: Job, future: Future[tuple[Tensor, Tensor]]) -> BaseException | None:
+    """What went wrong, if anything did."""
+    try:
+        job.take(future.result())
+    except BaseException as error:
+        return error
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from .capture import Capture, Pair, deterministic_mode, frozen, graph_from_embed
 from .config import FitConfig
 from .correction import CorrectionCollector
 from .curvature import Curvature, LayerCurvature, Sketch
-from .decomposition import decompose, decompose_sketch
+from .decomposition import ALONE, Job, decompose, decompose_sketch, run
 from .distributed import (
     Owners,
     Ranks,
@@ -169,6 +169,22 @@ def collect_factors(
     factors.finish()
 
 
+@dataclass(frozen=True)
+class _Side:
+    """Names of what a state has of one of its factors, and the stage that decomposes it."""
+
+    total: str
+    sketch: str
+    count: str
+    values: str
+    vectors: str
+    stage: str
+
+
+INPUT = _Side("a_sum", "a_sketch", "positions", "lambda_in", "q_in", "input_decomposition")
+OUTPUT = _Side("s_sum", "s_sketch", "losses", "lambda_out", "q_out", "decomposition")
+
+
 def decompose_states(
     states: Mapping[str, LayerCurvature],
     done: Callable[[str, str], None] = lambda name, stage: None,
@@ -176,30 +192,48 @@ def decompose_states(
 ) -> None:
     """Eigenvectors and eigenvalues of the factors of states, where they have a factor and no eigenvectors yet.
 
-    `done(name, stage)` is called after each factor, with the stage that it is of its layer. Sketches, of which `rank`
-    eigenpairs are taken, are freed on the way.
+    On a CPU as many factors are decomposed at once as PyTorch has threads, the largest first. `done(name, stage)` is
+    called after each, with the stage that it is of its layer. Sketches, of which `rank` eigenpairs are taken, are freed
+    on the way.
     """
+
+    def job(state: LayerCurvature, side: _Side) -> Job:
+        def work() -> tuple[Tensor, Tensor]:
+            total, sketch, count = (getattr(state, name) for name in (side.total, side.sketch, side.count))
+            if sketch is None:
+                return decompose(total, count)
+            assert rank is not None
+            return decompose_sketch(sketch, count, rank)
+
+        def take(pair: tuple[Tensor, Tensor]) -> None:
+            for name, value in zip((side.values, side.vectors), pair, strict=True):
+                setattr(state, name, value)
+            setattr(state, side.sketch, None)
+            done(state.name, side.stage)
+
+        return Job(*_cost(getattr(state, side.total), getattr(state, side.sketch)), work, take)
+
+    leading = [state for state in states.values() if state.group == state.name]
+    run(
+        [
+            job(state, side)
+            for side, candidates in ((INPUT, leading), (OUTPUT, states.values()))
+            for state in candidates
+            if getattr(state, side.vectors) is None and (getattr(state, side.total) or getattr(state, side.sketch))
+        ]
+    )
     for state in states.values():
         leader = states[state.group]
-        if leader.q_in is None and (leader.a_sum or leader.a_sketch):
-            leader.lambda_in, leader.q_in = _decompose(leader.a_sum, leader.a_sketch, leader.positions, rank)
-            leader.a_sketch = None
-            done(leader.name, "input_decomposition")
         state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
-        if state.q_out is None and (state.s_sum or state.s_sketch):
-            state.lambda_out, state.q_out = _decompose(state.s_sum, state.s_sketch, state.losses, rank)
-            state.s_sketch = None
-            done(state.name, "decomposition")
 
 
-def _decompose(
-    total: PackedSymmetric | None, sketch: Sketch | None, count: float, rank: int | None
-) -> tuple[Tensor, Tensor]:
+def _cost(total: PackedSymmetric | None, sketch: Sketch | None) -> tuple[float, bool]:
+    """What decomposing takes, and whether nothing may run beside it: see Job."""
     if sketch is not None:
-        assert rank is not None
-        return decompose_sketch(sketch, count, rank)
+        order, columns = sketch.y.shape
+        return float(order * columns**2), sketch.y.device.type != "cpu"
     assert total is not None
-    return decompose(total, count)
+    return float(total.n**3), total.n >= ALONE or total.device.type != "cpu"
 
 
 def _fit_layers(

@@ -26,6 +26,7 @@ from kfade_kernels.syrk.pytorch import CHUNK_ROWS, GPU_PANELS
 from torch import nn
 
 from .config import FitConfig
+from .decomposition import ALONE
 from .factors import OVERSAMPLING, WAITING_BYTES
 from .layers import Layer, in_passes, select
 from .loss import Batch, check_batch
@@ -495,16 +496,18 @@ class _Model:
         return max(moments, key=sum)
 
     def _decomposition(self, part: Sequence[Layer], base: tuple[float, float, float]) -> MemoryPlan:
-        """Walks the factors in order: eigenvectors add up."""
+        """Walks the factors as `decomposition.run` does: the largest first, some at once; eigenvectors add up."""
         sums, vectors = self.accumulators(part), 0.0
+        sides = [side for x in part for side in ([self.input[x.name]] if x.leads else []) + [self.output[x.name]]]
+        sides.sort(key=lambda side: -side.decompose_flops())
         best: MemoryPlan | None = None
-        for layer in part:
-            sides = [*([self.input[layer.name]] if layer.leads else []), self.output[layer.name]]
-            for side in sides:
-                moment = MemoryPlan("eigendecomposition", *base, sums, vectors, 0.0, 0.0, float(side.decompose_bytes))
-                if best is None or moment.total > best.total:
-                    best = moment
-                vectors += side.eigenvectors
+        for i, side in enumerate(sides):
+            at_once = 1 if side.order >= ALONE else self.rates.threads
+            work = float(sum(s.decompose_bytes for s in sides[i : i + at_once]))
+            moment = MemoryPlan("eigendecomposition", *base, sums, vectors, 0.0, 0.0, work)
+            if best is None or moment.total > best.total:
+                best = moment
+            vectors += side.eigenvectors
         assert best is not None
         return best
 
@@ -580,8 +583,8 @@ class _Model:
         flops = sum(side.decompose_flops() for side in sides)
         moved = sum(cost.eigh(s.sketched if s.thin else s.order, self.state).bytes for s in sides)
         times = sorted((side.decompose_seconds(self.rates, self.state) for side in sides), reverse=True)
-        # Longest first, each to the device that is free first.
-        busy = [0.0] * self.devices
+        # Longest first, each to the device, or thread, that is free first.
+        busy = [0.0] * (self.devices * self.rates.threads)
         for time in times:
             i = busy.index(min(busy))
             busy[i] += time
@@ -752,6 +755,8 @@ def _assumptions(model: _Model) -> list[str]:
     )
     found.append("no sequence is padded" if not model.load.padded else "batches are padded, and computed as they are")
     found.append(f"eigh needs {EIGH_MATRICES} dense matrices at once, and float32 suffices")
+    if rates.threads > 1:
+        found.append(f"{rates.threads} factors are decomposed at once, one thread each")
     if not model.on_cpu and model.stored:
         found.append("simulated: finished layers leave the GPU for disk; for now a fit does that on a CPU only")
     if model.devices > 1:
@@ -921,7 +926,8 @@ def plan_fit(
     limit = None if config.device_memory is None else config.device_memory * GIB
     device = next(model.parameters()).device
     taken = torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_bytes()
-    now = replace(rates, kind=device.type, process=max(0.0, taken - _weights(model)[1]))
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    now = replace(rates, kind=device.type, process=max(0.0, taken - _weights(model)[1]), threads=threads)
     # On a GPU finished layers stay there: a curvature that is mapped from files is on the CPU.
     stored = stored and device.type == "cpu"
     found = plan_model(model, name, Workload.of(batches), config, now, limit=limit, stored=stored)

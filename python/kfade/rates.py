@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from kfade_kernels import PackedSymmetric
 from kfade_kernels.cost import attainable
 from kfade_kernels.devices import A100, B200, H100, H200, Device
+
+from .decomposition import decompose
 
 GIB = 1 << 30
 
@@ -34,6 +37,7 @@ class Rates:
         disk: bytes/s written.
         link, network: bytes/s to the other devices of a machine of eight, and to other machines.
         source: where the rates come from.
+        threads: that decompose a factor each, at once.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Rates:
     link: float
     network: float
     source: str
+    threads: int = 1
 
     def products(self, dtype: torch.dtype) -> float:
         """FLOP/s of products of operands of a dtype."""
@@ -155,8 +160,8 @@ def calibrate(folder: Path | None = None) -> Rates:
     for n in (256, 768):
         x = torch.randn(n, n, generator=generator)
         for dtype in (torch.float32, torch.float64):
-            symmetric = (x @ x.T).to(dtype)
-            times[n, dtype] = _seconds(lambda s=symmetric: torch.linalg.eigh(s), 2)  # type: ignore[misc]
+            packed = PackedSymmetric.from_dense((x @ x.T).to(dtype))
+            times[n, dtype] = _seconds(lambda p=packed: decompose(p, 1), 2)  # type: ignore[misc]
     small, large = times[256, torch.float32], times[768, torch.float32]
     # Two equations for α and β; noise must not make either negative.
     cubic = max((large / 768**2 - small / 256**2) / (768 - 256), large / 768**3 / 2)
@@ -167,7 +172,7 @@ def calibrate(folder: Path | None = None) -> Rates:
         narrow=rates[torch.bfloat16], single=rates[torch.float32], double=rates[torch.float64], bandwidth=bandwidth,
         eigh_cubic=cubic, eigh_square=square, eigh_double=max(1.0, double / (cubic * 768**3)),
         disk=_disk_rate(folder), link=bandwidth, network=1e9,
-        source=f"measured on this CPU with {torch.get_num_threads()} threads",
+        source=f"measured on this CPU with {torch.get_num_threads()} threads", threads=torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,9 @@ from oracles import assert_close, autograd_truth, orthogonal, relative
 from torch import Tensor, nn
 
 import kfade
+from kfade.curvature import LayerCurvature
 from kfade.decomposition import decompose
+from kfade.fit import decompose_states
 from kfade.layers import WeightAndBias
 
 EXACT = 1e-9
@@ -358,6 +364,83 @@ def test_negative_eigenvalues_are_clamped() -> None:
     values, _ = decompose(total, 1)
     assert float(values.min()) >= 0
     assert_close(values, torch.tensor([0.0, 0, 1, 2, 3]), 1e-10)
+
+
+def factors(orders: Sequence[int]) -> dict[str, LayerCurvature]:
+    """Layers with an input factor of one order and an output factor of the next, every second layer in a group."""
+    states = {}
+    for i, (n, m) in enumerate(itertools.pairwise(orders)):
+        state = LayerCurvature(f"l{i}", m, n, False, False, f"l{i}", positions=3 * n, losses=3 * m)
+        generator = torch.Generator().manual_seed(i)
+        rows = [torch.randn(3 * k, k, generator=generator) for k in (n, m)]
+        state.a_sum, state.s_sum = (PackedSymmetric.from_dense(x.T @ x) for x in rows)
+        states[state.name] = state
+    twin = replace(states["l0"], name="twin", s_sum=states["l0"].s_sum)
+    return {**states, "twin": twin}
+
+
+def decomposed(threads: int, orders: Sequence[int] = (40, 200, 130, 70, 160)) -> tuple[dict[str, Any], list[str]]:
+    states, seen, before = factors(orders), [], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decompose_states(states, lambda name, stage: seen.append(f"{name} {stage}"))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    return states, seen
+
+
+def test_factors_have_the_same_bits_whatever_is_decomposed_beside_them() -> None:
+    one, two = decomposed(1), decomposed(2)
+    for name, state in one[0].items():
+        for field in ("q_in", "q_out", "lambda_in", "lambda_out"):
+            assert torch.equal(getattr(two[0][name], field), getattr(state, field))
+    # One thread goes by cost: 200, 200, 160, 130, 130, 70, 70, 40, and the twin's own 200.
+    assert sorted(one[1]) == sorted(two[1]) and one[1][-1] == "l0 input_decomposition"
+    assert one[1][:3] == ["l1 input_decomposition", "l0 decomposition", "twin decomposition"]
+    assert one[0]["twin"].q_in is one[0]["l0"].q_in
+
+
+def test_new_threads_find_their_number_as_it_was() -> None:
+    decomposed(2)
+    found: list[int] = []
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_first_error_ends_a_decomposition(threads: int) -> None:
+    states = factors((40, 200, 130, 70, 160))
+    assert states["l1"].a_sum is not None
+    states["l1"].a_sum.data[0] = torch.inf
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(kfade.NonFiniteError, match="order 200 has a NaN or infinite entry"):
+            decompose_states(states)
+    finally:
+        torch.set_num_threads(before)
+    done = sum(x.q_out is not None for x in states.values()) + sum(x.q_in is not None for x in states.values())
+    # What the other thread had in hand.
+    assert done <= threads - 1
+
+
+def test_a_large_factor_is_decomposed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh, seen = torch.linalg.eigh, []
+
+    def watched(a: Tensor) -> Any:
+        seen.append((len(a), torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
+        return eigh(a)
+
+    for module in ("kfade.fit", "kfade.decomposition"):
+        monkeypatch.setattr(sys.modules[module], "ALONE", 160)
+    monkeypatch.setattr(torch.linalg, "eigh", watched)
+    decomposed(2)
+    assert seen[:4] == [(200, 2, True)] * 3 + [(160, 2, True)]
+    assert sorted(seen[4:]) == [(40, 1, False), (70, 1, False), (70, 1, False), (130, 1, False), (130, 1, False)]
 
 
 # ------------------------------------------------------------------------------------------ invariances

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,17 @@ def test_bytes_of_one_layer_by_hand(tmp_path: Path) -> None:
     parameters = 2 * WORDS * WIDTH + 2 * WIDTH**2 + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * INNER + 3 * WIDTH
     # The rotary embedding keeps its frequencies twice.
     assert found["eigenvalues Λ"].weights == pytest.approx(4 * parameters, abs=2 * 4 * 32)
+
+
+def test_factors_that_are_decomposed_at_once(tmp_path: Path) -> None:
+    llama(1).save_pretrained(tmp_path)
+    two = replace(ROUND, threads=2)
+    found = plan(tmp_path, 4096, 64, kfade.FitConfig(), rates=two)
+    memory = {m.stage: m for m in found.memory}["eigendecomposition"]
+    # Orders INNER (3) and WIDTH (2); the peak is at the second pair, with the first one's eigenvectors there.
+    assert memory.workspace == 2 * 4 * 4 * INNER**2 and memory.eigenvectors == 4 * INNER**2
+    large, small = (1e-9 * n**3 + 1e-6 * n**2 for n in (INNER, WIDTH))
+    assert found.stage("decomposition").seconds == pytest.approx(max(2 * large, large + 2 * small))
 
 
 def test_low_rank_by_hand(tmp_path: Path) -> None:
@@ -289,8 +301,8 @@ import kfade
 from kfade.fit import check_batches
 from kfade.plan import plan_fit
 from transformers import LlamaConfig, LlamaForCausalLM, GPT2Config, GPT2LMHeadModel
-torch.set_num_threads(1)
 options, folder = json.loads(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(options.pop("threads"))
 kind, padding, dtype = options.pop("kind"), options.pop("padding"), getattr(torch, options.pop("dtype"))
 stored = options.pop("stored")
 
@@ -339,11 +351,12 @@ print(json.dumps({
         {"curvature": "diagonal", "padding": 9},
         {"kind": "gpt2", "padding": 9},
         {"dtype": "bfloat16"},
+        {"curvature": "kfac", "threads": 2},
     ],
     ids=str,
 )
 def test_memory_is_as_planned(tmp_path: Path, changes: dict[str, Any]) -> None:
-    options = {"kind": "llama", "padding": 0, "dtype": "float32", "stored": True, **changes}
+    options = {"kind": "llama", "padding": 0, "dtype": "float32", "stored": True, "threads": 1, **changes}
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(options), str(tmp_path / "store")],
         capture_output=True, text=True, check=False,

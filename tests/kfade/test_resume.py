@@ -39,6 +39,24 @@ def sums_are_saved_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfade.resume, "CHECKPOINT_SHARE", 1e9)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So that one factor after the other is decomposed; what two threads do has tests of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny("llama", torch.float32)
@@ -209,6 +227,20 @@ def test_nothing_finished_is_done_again(
     require_same(kfade.fit(model, BATCHES, OPTIONS, store=tmp_path / "s"), whole)
     assert work.counts == {"batch": batches, "factor": factors}
     require_same(Curvature.load(tmp_path / "s", model), whole)
+
+
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_factors_that_are_decomposed_at_once(model: Any, work: Work, tmp_path: Path, number: int) -> None:
+    with two_threads():
+        plain = kfade.fit(model, BATCHES, OPTIONS)
+        work.cut("factor", number)
+        with pytest.raises(Cut):
+            kfade.fit(model, BATCHES, OPTIONS, store=tmp_path / "s")
+        done = work.counts["factor"]
+        work.go_on()
+        require_same(kfade.fit(model, BATCHES, OPTIONS, store=tmp_path / "s"), plain)
+    # The one that was cut off, and no other, is decomposed again.
+    assert number <= done <= number + 1 and work.counts["factor"] == 10 - done + 1
 
 
 MODELS: dict[str, tuple[Callable[[], Any], FitConfig]] = {
@@ -414,13 +446,7 @@ def test_killed_twice(model: Any, tmp_path: Path) -> None:
     """SIGKILL at two random moments, and a third process that ends with the bits of one that was left alone."""
     assert killed_and_resumed(tmp_path, "ekfac", "quickly", 1, 2) == 2
     loaded = Curvature.load(tmp_path / "killed")
-    # A forked process has one thread, and products on two round otherwise.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        require_same(loaded, kfade.fit(model, BATCHES, loaded.config))
-    finally:
-        torch.set_num_threads(threads)
+    require_same(loaded, kfade.fit(model, BATCHES, loaded.config))
 
 
 @pytest.mark.slow
@@ -463,6 +489,19 @@ def test_ctrl_c_finishes_what_is_in_hand(
     require_same(kfade.fit(model, BATCHES, options, store=tmp_path / "s"), whole)
     # Nothing was done twice.
     assert {key: done[key] + work.counts[key] for key in done} == {"batch": 40, "factor": 10}
+
+
+def test_ctrl_c_keeps_what_two_threads_have_in_hand(model: Any, work: Work, tmp_path: Path) -> None:
+    options = replace(OPTIONS, checkpoint_seconds=3600, layers_per_pass=None)
+    with two_threads():
+        plain = kfade.fit(model, BATCHES, options)
+        work.at("factor", 3, interrupt)
+        with pytest.raises(KeyboardInterrupt, match=r"saved in .*/s: run the same to go on"):
+            kfade.fit(model, BATCHES, options, store=tmp_path / "s")
+        done = work.counts["factor"]
+        work.go_on()
+        require_same(kfade.fit(model, BATCHES, options, store=tmp_path / "s"), plain)
+    assert done + work.counts["factor"] == 10
 
 
 def test_a_second_ctrl_c_stops_at_once(model: Any, whole: Curvature, work: Work, tmp_path: Path) -> None:
