@@ -155,6 +155,10 @@ class PackedSymmetric:
         """Bytes of the buffer: at most `(n²/2 + 128·n)` elements."""
         return self.data.numel() * self.data.element_size()
 
+    def to(self, device: torch.device | str) -> PackedSymmetric:
+        """The matrix on a device; where it is there already, with the same buffer."""
+        return self.from_packed(self.data.to(device), self.n)
+
     def zero_(self) -> PackedSymmetric:
         """Set the matrix to zero in place."""
         self.data.zero_()

@@ -253,6 +253,15 @@ _Rank = Annotated[
     ),
 ]
 
+_BasisShare = Annotated[
+    float | None,
+    typer.Option(
+        "--basis-share",
+        help="One pass over the data: this share of it gives the eigenvectors, the rest the eigenvalues (ekfac).",
+        show_default="two passes",
+        rich_help_panel=_CURVATURE,
+    ),
+]
 _CheckpointSeconds = Annotated[
     float,
     typer.Option(
@@ -551,6 +560,15 @@ def fit(
     autocast: _Autocast = _FIT.autocast,
     temperature: _Temperature = _FIT.temperature,
     rank: _Rank = _FIT.rank,
+    basis_share: _BasisShare = _FIT.basis_share,
+    basis: Annotated[
+        Path | None,
+        typer.Option(
+            "--basis",
+            help="Take A, S and the eigenvectors of this fitted curvature, and fit the eigenvalues alone, in one pass.",
+            rich_help_panel=_CURVATURE,
+        ),
+    ] = None,
     checkpoint_seconds: _CheckpointSeconds = _FIT.checkpoint_seconds,
     chat: _Chat = None,
     batch_size: _BatchSize = 8,
@@ -568,6 +586,7 @@ def fit(
     It is saved as it is fitted, but with --rank and under torchrun: where the command is cut off, by whatever, the same
     command goes on. Under torchrun or accelerate launch all processes share the work.
     """
+    from .curvature import Curvature
     from .data import make_batches
     from .fit import fit as fit_curvature
     from .models import check_model, load_model
@@ -579,6 +598,7 @@ def fit(
     records = _records(retain, limit)
     device = own_device(device)
     check_model(model, dtype, device)
+    given = None if basis is None else Curvature.load(basis)
     first = launched()[0] == 0
     if first:
         check_store(out, options)
@@ -597,7 +617,7 @@ def fit(
             progress.say(reason)
     saves_itself = group is None and rank is None
     fitted = fit_curvature(
-        loaded, batches, options, progress=progress, store=out if saves_itself else None, group=group
+        loaded, batches, options, progress=progress, store=out if saves_itself else None, group=group, basis=given
     )  # fmt: skip
     if not saves_itself:
         with progress.stage("save"):
@@ -643,6 +663,7 @@ def plan(
     device_memory: _DeviceMemory = _FIT.device_memory,
     autocast: _Autocast = _FIT.autocast,
     rank: _Rank = _FIT.rank,
+    basis_share: _BasisShare = _FIT.basis_share,
     dtype: _Dtype = "float32",
     device: Annotated[
         str,
@@ -665,7 +686,7 @@ def plan(
 
     options = FitConfig(
         curvature=curvature, fisher=fisher, modules=modules, samples=samples, layers_per_pass=layers_per_pass,
-        device_memory=device_memory, autocast=autocast, rank=rank,
+        device_memory=device_memory, autocast=autocast, rank=rank, basis_share=basis_share,
     )  # fmt: skip
     _start(quiet)
     found = plan_of(model, tokens, seq_len, options, batch_size=batch_size, device=device, devices=devices, dtype=dtype)
@@ -699,6 +720,7 @@ def unlearn(
     autocast: _Autocast = _UNLEARN.fit.autocast,
     temperature: _Temperature = _UNLEARN.fit.temperature,
     rank: _Rank = _UNLEARN.fit.rank,
+    basis_share: _BasisShare = _UNLEARN.fit.basis_share,
     checkpoint_seconds: _CheckpointSeconds = _UNLEARN.fit.checkpoint_seconds,
     damping: _Damping = _UNLEARN.damping,
     damping_kind: _DampingKind = _UNLEARN.damping_kind,

@@ -65,6 +65,8 @@ class FitConfig:
             directions that a model has become sure in, where its own Fisher is nearly 0 and grows as soon as it moves.
         rank: k: of each factor keep the k largest eigenpairs, found by a sketch, and the mean of the rest; a factor of
             order k or less is kept whole. None keeps all whole. Only with `kfac` and `ekfac`.
+        basis_share: one pass over the data instead of two: this share of the batches, evenly spread, gives A, S and the
+            eigenvectors, and the others give Λ. None takes all for both, one pass after the other. Only with `ekfac`.
         checkpoint_seconds: a fit that has a directory saves the sums of the pass it is in after each so many seconds,
             or less often where saving would take more than 2 % of the time.
     """
@@ -79,6 +81,7 @@ class FitConfig:
     autocast: str = "off"
     temperature: float = 1.0
     rank: int | None = None
+    basis_share: float | None = None
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -100,6 +103,13 @@ class FitConfig:
             _integer("rank", self.rank, 1)
             if self.curvature not in ("kfac", "ekfac"):
                 raise ValueError(f"rank is {self.rank}; {self.curvature} has no factors: it must be None")
+        if self.basis_share is not None:
+            _number("basis_share", self.basis_share, above=0.0)
+            _share("basis_share", self.basis_share)
+            if self.curvature != "ekfac":
+                raise ValueError(
+                    f"basis_share is {self.basis_share}; {self.curvature} takes one pass anyway: it must be None"
+                )
         _number("checkpoint_seconds", self.checkpoint_seconds, minimum=0.0)
 
 

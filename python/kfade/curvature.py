@@ -65,6 +65,7 @@ class LayerCurvature:
         group: name of the layer whose input factor this one shares.
         positions: P, the rows summed in A_sum; no whole number where older sums were weighted down.
         losses: T, the loss positions behind S_sum and Λ_sum, times the label samples; weighted like P.
+        lambda_losses: T of Λ_sum where it rests on other positions than S_sum; None where on the same.
         a_sum: `Σ a aᵀ`, packed, of order d_in (+ 1); the same object for all layers of a group. None where the basis
             is thin.
         s_sum: `Σ g gᵀ`, packed, of order d_out; likewise.
@@ -85,6 +86,7 @@ class LayerCurvature:
     group: str
     positions: float = 0
     losses: float = 0
+    lambda_losses: float | None = None
     a_sum: PackedSymmetric | None = field(default=None, repr=False)
     s_sum: PackedSymmetric | None = field(default=None, repr=False)
     q_in: Tensor | None = field(default=None, repr=False)
@@ -104,6 +106,11 @@ class LayerCurvature:
     @property
     def width_in(self) -> int:
         return self.d_in + int(self.has_bias)
+
+    @property
+    def lambda_count(self) -> float:
+        """T behind Λ_sum, at least 1."""
+        return max(1, self.losses if self.lambda_losses is None else self.lambda_losses)
 
     def _need(self, value: _State | None, what: str) -> _State:
         if value is None:
@@ -132,7 +139,7 @@ class LayerCurvature:
     def eigenvalues(self) -> Tensor:
         """`Λ [d_out, d_in (+ 1)]`; with a rank a block, whose entries count as often as `multiplicities` says."""
         if self.lambda_sum is not None:
-            return self.lambda_sum / max(1, self.losses)
+            return self.lambda_sum / self.lambda_count
         if self.lambda_out is not None and self.lambda_in is not None:
             return torch.outer(self.lambda_out, self.lambda_in)
         return torch.ones(self.d_out, self.width_in)
@@ -150,7 +157,7 @@ class LayerCurvature:
         if self.low_rank:
             return float((self.eigenvalues().double() * self.multiplicities()).sum()) / (self.d_out * self.width_in)
         if self.lambda_sum is not None:
-            return float(self.lambda_sum.mean(dtype=torch.float64)) / max(1, self.losses)
+            return float(self.lambda_sum.mean(dtype=torch.float64)) / self.lambda_count
         if self.lambda_out is not None and self.lambda_in is not None:
             return float(self.lambda_out.mean(dtype=torch.float64) * self.lambda_in.mean(dtype=torch.float64))
         return 1.0
@@ -223,7 +230,7 @@ def _solve(layers: Sequence[LayerCurvature], matrices: Sequence[Tensor], damping
             group, kron_solve(*(list(column) for column in zip(*problems, strict=True))), strict=True
         ):
             # Λ went in as its raw sum, T times too large, and so did λ.
-            solved[i] = solution.mul_(max(1, layers[i].losses)) if layers[i].lambda_sum is not None else solution
+            solved[i] = solution.mul_(layers[i].lambda_count) if layers[i].lambda_sum is not None else solution
     return [x for x in solved if x is not None]
 
 
@@ -243,7 +250,7 @@ def _kron_arguments(layer: LayerCurvature, matrix: Tensor, damping: float) -> tu
     """Arguments of `kron_solve`. The raw sum of Λ saves a copy of it: the solution is then T times too small."""
     eigenvalues: Tensor | tuple[Tensor, Tensor]
     if layer.lambda_sum is not None:
-        eigenvalues, damping = layer.lambda_sum, damping * max(1, layer.losses)
+        eigenvalues, damping = layer.lambda_sum, damping * layer.lambda_count
     else:
         eigenvalues = (layer._need(layer.lambda_out, "λ_S"), layer._need(layer.lambda_in, "λ_A"))
     return matrix, layer.output_eigenvectors(), layer.input_eigenvectors(), eigenvalues, damping

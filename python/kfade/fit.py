@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,8 +35,9 @@ from .layers import Layer, in_passes, select
 from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch, idle_batch
 from .plan import plan_fit
 from .progress import Progress, return_freed_memory
-from .resume import CORRECTION, FACTORS, FitStore
+from .resume import BASIS, CORRECTION, FACTORS, FitStore
 from .sharding import check_sharding, is_sharded, unwrapped
+from .storage import STAGES, shapes_of
 
 
 def check_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device, name: str = "batches") -> list[Batch]:
@@ -236,78 +238,189 @@ def _cost(total: PackedSymmetric | None, sketch: Sketch | None) -> tuple[float, 
     return float(total.n**3), total.n >= ALONE or total.device.type != "cpu"
 
 
-def _fit_layers(
-    model: nn.Module,
-    head: Head,
-    layers: list[Layer],
-    batches: Sequence[Batch],
-    config: FitConfig,
-    progress: Progress,
-    suffix: str,
-    decomposes: bool,
-    store: FitStore,
-    ranks: Ranks,
-    owners: Owners,
-    losses: int,
-) -> dict[str, LayerCurvature]:
-    states = new_states(layers, losses)
-    if config.curvature == "identity":
-        return states
-    store.restore(states)
-    device, dtype = device_of(model), state_dtype(model)
+def parts_of(batches: Sequence[Batch], share: float | None) -> tuple[list[Batch], list[Batch]]:
+    """The batches that give A and S, and those that give Λ; see FitConfig.basis_share.
 
-    def next_stage() -> None:
+    Raises:
+        ValueError: either part would have no loss position.
+    """
+    if share is None:
+        return list(batches), list(batches)
+    first = [math.floor((i + 1) * share) > math.floor(i * share) for i in range(len(batches))]
+    parts = ([b for b, x in zip(batches, first, strict=True) if x is wanted] for wanted in (True, False))
+    factors, correction = parts
+    for what, part in (("A and S", factors), ("Λ", correction)):
+        if not any(len(batch.loss_index) for batch in part):
+            raise ValueError(
+                f"basis_share is {share} and there are {len(batches)} batches: none with a loss position is left for"
+                f" {what}; give smaller batches, or another share"
+            )
+    return factors, correction
+
+
+@dataclass
+class _Fit:
+    """What the passes of one fit share.
+
+    Attributes:
+        parts: the batches that give A and S, and those that give Λ; of all ranks.
+        mine: of these, those of this rank.
+        basis: states that give A, S and the eigenvectors instead; None where they are fitted.
+        decomposes: whether eigenvectors are wanted.
+        ranks: who share the fit.
+    """
+
+    model: nn.Module
+    head: Head
+    config: FitConfig
+    progress: Progress
+    store: FitStore
+    parts: tuple[list[Batch], list[Batch]]
+    mine: tuple[list[Batch], list[Batch]]
+    basis: Mapping[str, LayerCurvature] | None
+    decomposes: bool
+    ranks: Ranks
+
+    def empty(self, layers: Sequence[Layer]) -> dict[str, LayerCurvature]:
+        """States without tensors."""
+        if self.config.curvature == "identity":
+            return new_states(layers, 0)
+        states = new_states(layers, loss_count(self.parts[0], self.config))
+        for name, state in states.items():
+            if self.config.basis_share is not None or self.basis is not None:
+                state.lambda_losses = loss_count(self.parts[1], self.config)
+            if self.basis is not None:
+                state.positions, state.losses = self.basis[name].positions, self.basis[name].losses
+        return states
+
+    def run(self, layers: list[Layer], suffix: str, owners: Owners) -> dict[str, LayerCurvature]:
+        """All stages of some layers."""
+        config, store, states = self.config, self.store, self.empty(layers)
+        if config.curvature == "identity":
+            return states
+        store.restore(states)
+        self._next_stage()
+        if config.curvature in ("kfac", "ekfac"):
+            if self.basis is not None:
+                self._take_basis(states, layers, self.basis)
+            else:
+                self._pass(f"factors A, S{suffix}", FACTORS, states, layers, self.mine[0], self._factors, owners)
+            if not self.decomposes:
+                return states
+            self._decompose(states, layers, suffix, owners)
+        self._next_stage()
+        if config.curvature in ("diagonal", "ekfac"):
+            self._pass(f"eigenvalues Λ{suffix}", CORRECTION, states, layers, self.mine[1], self._correction, owners)
+        store.release(states)
+        return states
+
+    def _next_stage(self) -> None:
         """What a stage has freed is not the next one's peak."""
-        if config.device_memory is not None:
+        if self.config.device_memory is not None:
             return_freed_memory()
 
-    next_stage()
-    if config.curvature in ("kfac", "ekfac"):
-        todo = store.unfinished(layers, FACTORS)
-        if todo:
-            part = {layer.name: states[layer.name] for layer in todo}
-            rest = store.resume(part, FACTORS, batches)
-            with progress.stage(f"factors A, S{suffix}", sum(batch.tokens for batch in rest)) as stage:
-                factors = FactorCollector(part, dtype, device, config.rank)
-                collect_factors(head, todo, ranks.watch(store.watch(rest)), config, factors, stage.advance)
-                reduce_factors(ranks, owners, part)
-            store.put(part, FACTORS)
-        if not decomposes:
-            return states
-        left = sum(x.q_out is None and owners.outputs[x.name] == ranks.rank for x in states.values()) + sum(
-            states[x.name].q_in is None and owners.inputs[x.name] == ranks.rank for x in layers if x.leads
-        )
-        next_stage()
+    def _pass(
+        self,
+        title: str,
+        stages: tuple[str, ...],
+        states: Mapping[str, LayerCurvature],
+        layers: Sequence[Layer],
+        batches: Sequence[Batch],
+        collect: Callable[[dict[str, LayerCurvature], list[Layer], Iterable[Batch], Callable[[int], None]], None],
+        owners: Owners,
+    ) -> None:
+        """One pass over batches for the layers that lack these stages."""
+        todo = self.store.unfinished(layers, stages)
+        if not todo:
+            return
+        part = {layer.name: states[layer.name] for layer in todo}
+        rest = self.store.resume(part, stages, batches)
+        with self.progress.stage(title, sum(batch.tokens for batch in rest)) as stage:
+            collect(part, todo, self.ranks.watch(self.store.watch(rest)), stage.advance)
+            (reduce_factors if stages == FACTORS else reduce_corrections)(self.ranks, owners, part)
+        self.store.put(part, stages)
+
+    def _factors(
+        self,
+        states: dict[str, LayerCurvature],
+        layers: list[Layer],
+        batches: Iterable[Batch],
+        advance: Callable[[int], None],
+    ) -> None:
+        factors = FactorCollector(states, state_dtype(self.model), device_of(self.model), self.config.rank)
+        collect_factors(self.head, layers, batches, self.config, factors, advance)
+
+    def _correction(
+        self,
+        states: dict[str, LayerCurvature],
+        layers: list[Layer],
+        batches: Iterable[Batch],
+        advance: Callable[[int], None],
+    ) -> None:
+        def after(batch: Batch, sample: int) -> None:
+            if sample == 0:
+                advance(batch.tokens)
+
+        correction = CorrectionCollector(states, layers, state_dtype(self.model), device_of(self.model))
+        run_fisher(self.head, layers, batches, self.config, correction, after)
+
+    def _decompose(
+        self, states: Mapping[str, LayerCurvature], layers: Sequence[Layer], suffix: str, owners: Owners
+    ) -> None:
+        here, like = self.ranks.rank, torch.empty(0, dtype=state_dtype(self.model), device=device_of(self.model))
+        left = sum(x.q_out is None and owners.outputs[x.name] == here for x in states.values())
+        left += sum(states[x.name].q_in is None and owners.inputs[x.name] == here for x in layers if x.leads)
+        self._next_stage()
         if left:
-            with progress.stage(f"eigendecomposition{suffix}", left, "factor") as stage:
+            with self.progress.stage(f"eigendecomposition{suffix}", left, "factor") as stage:
 
                 def decomposed(name: str, which: str) -> None:
-                    ranks.check()
+                    self.ranks.check()
                     stage.advance(1)
-                    store.put({name: states[name]}, [which])
+                    self.store.put({name: states[name]}, [which])
 
-                decompose_states(states, decomposed, config.rank)
-                store.release(states, FACTORS)
-        spread_bases(ranks, owners, states, config, torch.empty(0, dtype=dtype, device=device))
+                decompose_states(states, decomposed, self.config.rank)
+                self.store.release(states, FACTORS)
+        spread_bases(self.ranks, owners, states, self.config, like)
 
-    next_stage()
-    if config.curvature in ("diagonal", "ekfac"):
-        todo = store.unfinished(layers, CORRECTION)
-        if todo:
-            part = {layer.name: states[layer.name] for layer in todo}
-            rest = store.resume(part, CORRECTION, batches)
-            with progress.stage(f"eigenvalues Λ{suffix}", sum(batch.tokens for batch in rest)) as stage:
+    def _take_basis(
+        self, states: Mapping[str, LayerCurvature], layers: Sequence[Layer], basis: Mapping[str, LayerCurvature]
+    ) -> None:
+        todo = self.store.unfinished(layers, BASIS)
+        for name in (layer.name for layer in todo):
+            for field in (field for stage in BASIS for field in STAGES[stage]):
+                value = getattr(basis[name], field)
+                setattr(states[name], field, value if value is None else value.to(device_of(self.model)))
+        self.store.put({layer.name: states[layer.name] for layer in todo}, BASIS)
+        self.store.release(states, BASIS)
 
-                def after(batch: Batch, sample: int) -> None:
-                    if sample == 0:
-                        stage.advance(batch.tokens)
 
-                correction = CorrectionCollector(part, todo, dtype, device)
-                run_fisher(head, todo, ranks.watch(store.watch(rest)), config, correction, after)
-                reduce_corrections(ranks, owners, part)
-            store.put(part, CORRECTION)
-    store.release(states)
-    return states
+def _check_basis(
+    basis: Mapping[str, LayerCurvature], layers: Sequence[Layer], config: FitConfig, dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless these states have eigenvectors for all layers, of the wanted rank and dtype."""
+    if config.curvature != "ekfac":
+        raise ValueError(f"a basis is given and config.curvature is {config.curvature!r}; it must be 'ekfac'")
+    if config.basis_share is not None:
+        raise ValueError(f"a basis is given and config.basis_share is {config.basis_share}; give one of them")
+    here = {x.name: (x.d_out, x.d_in, x.has_bias, x.transposed, x.group) for x in layers}
+    there = {n: (s.d_out, s.d_in, s.has_bias, s.transposed, s.group) for n, s in basis.items()}
+    wrong = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if wrong:
+        raise ValueError(
+            f"basis has other layers than the model: not alike are {', '.join(wrong[:4])}; it must have been fitted"
+            " with the same modules on a model with the same layers"
+        )
+    for name, state in basis.items():
+        wanted = shapes_of(state, config.rank)
+        for field in ("q_in", "q_out"):
+            value = getattr(state, field)
+            if value is None or list(value.shape) != wanted[field] or value.dtype != dtype:
+                found = "none" if value is None else f"{list(value.shape)} of {value.dtype}"
+                raise ValueError(
+                    f"basis has as {field} of {name} {found}; it must be {wanted[field]} of {dtype}: of a kfac or ekfac"
+                    f" curvature with rank {config.rank}"
+                )
 
 
 def fit_among(
@@ -318,6 +431,7 @@ def fit_among(
     decomposes: bool,
     store: str | Path | None = None,
     ranks: Ranks | None = None,
+    basis: Mapping[str, LayerCurvature] | None = None,
 ) -> Curvature:
     """What `fit`, `fit_factors` and others that have entered `ranks` share."""
     ranks = ranks or Ranks(None)
@@ -326,6 +440,8 @@ def fit_among(
             f"store is {store} and a group is given: a fit that ranks share cannot save itself as it goes; leave store"
             " out, and save the curvature afterwards"
         )
+    if basis is not None and ranks.group is not None:
+        raise ValueError("a basis and a group are given; one of them must be None")
     if store is not None and config.rank is not None:
         raise ValueError(
             f"store is {store} and config.rank is {config.rank}: a low-rank fit cannot save itself as it goes; leave"
@@ -340,6 +456,7 @@ def fit_among(
         )
     layers = select(model, config.modules)
     checked = check_batches(batches, device_of(model))
+    parts = parts_of(checked, config.basis_share)
     tracked = {module for layer in layers for module in layer.modules}
     states: dict[str, LayerCurvature] = {}
     inputs: dict[str, LayerCurvature] = {}
@@ -357,18 +474,17 @@ def fit_among(
         layers = trace(head, layers, checked[0])
         # Not before a forward pass: FSDP2 notes in its first one what is to be trained.
         stack.enter_context(frozen(model))
+        if basis is not None:
+            _check_basis(basis, layers, config, state_dtype(model))
         kept = stack.enter_context(FitStore(store, config, progress))
-        losses = 0 if config.curvature == "identity" else loss_count(checked, config)
-        kept.open(model, model_id(model), new_states(layers, losses), checked, device_of(model), state_dtype(model))
         idle = idle_batch(device_of(model), attended=False) if is_sharded(model) else None
-        mine = ranks.mine(checked, ranks.share(checked), idle)
+        first, second = (ranks.mine(part, ranks.share(part), idle) for part in parts)
+        fit = _Fit(model, head, config, progress, kept, parts, (first, second), basis, decomposes, ranks)
+        kept.open(model, model_id(model), fit.empty(layers), checked, device_of(model), state_dtype(model), basis)
         passes = in_passes(layers, at_most)
         for number, part in enumerate(passes, 1):
-            suffix = f" {number}/{len(passes)}" if len(passes) > 1 else ""
             owned.append(owners_of(part, ranks.size, config.rank, owned))
-            found = _fit_layers(
-                model, head, part, mine, config, progress, suffix, decomposes, kept, ranks, owned[-1], losses
-            )
+            found = fit.run(part, f" {number}/{len(passes)}" if len(passes) > 1 else "", owned[-1])
             for states_here, new in zip((states, inputs), kept_here(ranks, owned[-1], found), strict=True):
                 states_here.update(new)
         kept.finish()
@@ -388,6 +504,7 @@ def fit(
     progress: Progress | None = None,
     store: str | Path | None = None,
     group: ProcessGroup | None = None,
+    basis: Curvature | None = None,
 ) -> Curvature:
     """Fit the curvature of a causal language model on a retain set.
 
@@ -404,6 +521,9 @@ def fit(
             nothing; with a group it must be None.
         group: the ranks that share the fit; each calls this with the same arguments, all batches among them. None:
             this process alone, whatever is initialised.
+        basis: a curvature `kfac` or `ekfac` of the same layers, say of the model before an update: its A, S and
+            eigenvectors are taken as they are, and one pass over all batches gives Λ in them. None fits them too; with
+            a group it must be None.
 
     Returns:
         A mapping from layer names to their curvature; with a group a `ShardedCurvature`, of the layers that this rank
@@ -415,13 +535,14 @@ def fit(
             there is both a `store` and a rank or a group; or ranks were given different batches, options or weights.
         RankError: another rank of the group failed or has ended.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.
-        ValueError: no batch, no loss position, or a selection that matches nothing.
+        ValueError: no batch, no loss position, or a selection that matches nothing; `basis` is of other layers, of
+            another rank, or has no eigenvectors; or `config.basis_share` leaves no loss position for a part.
         UnsupportedLayerError: a selected layer cannot be handled exactly.
         NonFiniteError: a batch gives a NaN or an infinity; it is named.
     """
     config = config or FitConfig()
     with Ranks(group) as ranks:
-        return fit_among(model, batches, config, progress or Progress(), True, store, ranks)
+        return fit_among(model, batches, config, progress or Progress(), True, store, ranks, basis)
 
 
 def fit_factors(

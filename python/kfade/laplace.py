@@ -234,8 +234,11 @@ class Laplace:
             )
         self.model, self.curvature, self.layers = model, curvature, list(self._states)
         if tokens is None:
-            tokens = max(state.losses for state in self._states.values()) / curvature.config.samples
-            if tokens == 0:
+            # In one pass, A and S rest on some of the data and Λ on the others.
+            apart = curvature.config.basis_share is not None
+            counts = (s.losses + (s.lambda_losses or 0) if apart else s.lambda_count for s in self._states.values())
+            tokens = max(counts) / curvature.config.samples
+            if not any(s.losses for s in self._states.values()):
                 raise ValueError(
                     f"tokens is None and the {curvature.config.curvature} curvature counts no loss positions;"
                     " it must be the number of loss positions of the training set"

@@ -120,6 +120,7 @@ class Plan:
         model: name, directory or file.
         curvature: of the fit.
         rank: of low-rank factors; None for full ones.
+        basis_share: of a fit in one pass, the share of the data that gives A and S; None where all gives everything.
         dtype: of the weights.
         device, devices: kind, and how many share the work. More than one is an estimate only.
         tokens, sequences, batch_size, seq_len: the data.
@@ -139,6 +140,7 @@ class Plan:
     model: str
     curvature: str
     rank: int | None
+    basis_share: float | None
     dtype: str
     device: str
     devices: int
@@ -204,7 +206,7 @@ class Plan:
         Args:
             costs: of the finished stages, as `Progress` records them.
         """
-        model, data_stages = self.stage("forward and backward"), self._data_stages()
+        model = self.stage("forward and backward")
         own = {"factors A, S": "factors", "eigendecomposition": "decomposition", "eigenvalues Λ": "correction"}
         result = []
         for shown, name in own.items():
@@ -212,14 +214,16 @@ class Plan:
             if not found:
                 continue
             seconds = self.stage(name).seconds
-            if name != "decomposition":
-                seconds += model.seconds / data_stages
+            seconds += model.seconds * self._share_of_model(name)
             peak = max(m.total for m in self.memory if m.stage == shown)
             result.append(Beside(shown, seconds, sum(c.seconds for c in found), peak, max(c.peak_bytes for c in found)))
         return result
 
-    def _data_stages(self) -> int:
-        return max(1, sum(self.stage(name).runs > 0 for name in ("factors", "correction")))
+    def _share_of_model(self, name: str) -> float:
+        """Of the model's own time, what falls into a stage."""
+        shares = {"factors": self.basis_share or 1.0, "correction": 1.0 - (self.basis_share or 0.0)}
+        total = sum(share for stage, share in shares.items() if self.stage(stage).runs)
+        return shares.get(name, 0.0) / total
 
 
 @dataclass(frozen=True)
@@ -351,6 +355,9 @@ class _Model:
         self.itemsize = self.state.itemsize
         self.input = {x.name: _Side(x.width_in, config.rank, self.itemsize) for x in layers if x.leads}
         self.output = {x.name: _Side(x.d_out, config.rank, self.itemsize) for x in layers}
+        # Of the data, what each stage that sees data goes through.
+        self.factor_share = config.basis_share or 1.0
+        self.correction_share = 1.0 - (config.basis_share or 0.0)
         self.has_factors = config.curvature in ("kfac", "ekfac")
         self.has_correction = config.curvature in ("diagonal", "ekfac")
         self.on_cpu = rates.kind == "cpu"
@@ -525,7 +532,8 @@ class _Model:
 
     def stages(self, passes: Sequence[Sequence[Layer]]) -> list[StagePlan]:
         """Work of all passes, on one device."""
-        runs = len(passes) * (int(self.has_factors) + int(self.has_correction))
+        share = self.factor_share * self.has_factors + self.correction_share * self.has_correction
+        runs = round(len(passes) * share)
         found = []
         if runs:
             found.append(self._model_stage(runs))
@@ -568,13 +576,13 @@ class _Model:
 
     def _factor_stage(self, runs: int) -> StagePlan:
         load, samples = self.load, self.config.samples
-        tokens = load.tokens / self.devices
+        tokens, share = self.factor_share * load.tokens / self.devices, self.factor_share * self._share
         item = self.compute.itemsize
         flops = moved = seconds = 0.0
         for sides, times in ((self.input, 1), (self.output, samples)):
             for side in sides.values():
                 f = times * side.fill_flops(tokens)
-                m = times * (tokens * side.order * item + 2.0 * side.accumulator * self._share)
+                m = times * (tokens * side.order * item + 2.0 * side.accumulator * share)
                 flops, moved, seconds = flops + f, moved + m, seconds + self._seconds(f, m, self.compute)
         return StagePlan("factors", runs, flops, moved, seconds)
 
@@ -591,7 +599,7 @@ class _Model:
         return StagePlan("decomposition", runs, flops / self.devices, moved / self.devices, max(busy))
 
     def _correction_stage(self, runs: int) -> StagePlan:
-        times = self._share * self.config.samples
+        times = self.correction_share * self._share * self.config.samples
         parts = [part for x in self.layers for part in self._correction_parts(x)]
         flops = sum(part.flops for part in parts)
         moved = sum(part.bytes for part in parts)
@@ -773,8 +781,8 @@ def _plan(name: str, model: _Model, parameters: int, limit: float | None) -> Pla
     passes = in_passes(model.layers, at_most)
     peak, load = _peak(model, memory), model.load
     return Plan(
-        name, model.config.curvature, model.config.rank, str(model.dtype).removeprefix("torch."), model.rates.name,
-        model.devices,
+        name, model.config.curvature, model.config.rank, model.config.basis_share,
+        str(model.dtype).removeprefix("torch."), model.rates.name, model.devices,
         load.tokens, load.sequences, load.size, load.length, parameters, tuple(x.name for x in model.layers),
         at_most, len(passes), model.stored, tuple(model.stages(passes)), tuple(memory),
         tuple(_places(model, passes)), peak, limit, limit is None or peak <= limit,

@@ -64,6 +64,8 @@ from .storage import (
 
 # The stages that a pass over the data fills together.
 FACTORS, CORRECTION = ("factors", "input_factors"), ("correction",)
+# What a fit takes from an earlier one that gives it its basis.
+BASIS = (*FACTORS, "decomposition", "input_decomposition")
 # Options that change how a fit runs and not what it gives.
 _FREE = ("layers_per_pass", "device_memory", "checkpoint_seconds")
 # Sums are saved no more often than takes this share of the time.
@@ -131,6 +133,13 @@ def weights_and_shape(model: nn.Module) -> dict[str, str]:
     return {"weights": weights_sha256(model), "architecture": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def _basis_sha256(basis: Mapping[str, LayerCurvature]) -> str:
+    """Of the factors and eigenvectors of some states."""
+    return tensors_sha256(
+        stage_tensors(state, stage) for state in basis.values() for stage in BASIS if stage in stages_of(state)
+    )
+
+
 def _differences(manifest: Mapping[str, Any], config: FitConfig, made_from: Mapping[str, str]) -> list[str]:
     """How this fit differs from the one in a directory, in words."""
     there, here = to_dict(fit_config(manifest["config"])), to_dict(config)
@@ -144,9 +153,10 @@ def _differences(manifest: Mapping[str, Any], config: FitConfig, made_from: Mapp
         "architecture": "the model's configuration differs",
         "batches": "the batches differ",
         "device": "the kind of device differs",
+        "basis": "the basis differs",
     }
     before = manifest["fit"]["made_from"]
-    return found + [words.get(name, name) for name, value in made_from.items() if before.get(name) != value]
+    return found + [words.get(name, name) for name, value in made_from.items() if before.get(name, "") != value]
 
 
 def _read(directory: Path, config: FitConfig, made_from: Mapping[str, str]) -> dict[str, Any]:
@@ -238,12 +248,14 @@ class FitStore:
         batches: Sequence[Batch],
         device: torch.device,
         dtype: torch.dtype,
+        basis: Mapping[str, LayerCurvature] | None = None,
     ) -> None:
         """Find what was saved, refuse what is not of this fit, and look whether the rest has room.
 
         Args:
             states: empty ones of all layers of the fit, in its order.
             dtype: of the state.
+            basis: states whose factors and eigenvectors are taken.
 
         Raises:
             StorageError: the directory holds something else, or what cannot be read.
@@ -262,6 +274,7 @@ class FitStore:
             **weights_and_shape(model),
             "batches": tensors_sha256(values),
             "device": device.type,
+            "basis": "" if basis is None else _basis_sha256(basis),
         }
         if (directory / MANIFEST).exists():
             self._find(_read(directory, self._config, self._made_from), states)
@@ -288,7 +301,7 @@ class FitStore:
             fixed = [name for name in COUNTS if name != "positions"]
             layers = manifest["layers"]
             if list(layers) != list(states) or any(
-                layers[n][c] != getattr(s, c) for n, s in states.items() for c in fixed
+                layers[n].get(c) != getattr(s, c) for n, s in states.items() for c in fixed
             ):
                 raise StorageError(f"{self._directory} holds a fit of other layers; give another directory")
             checkpoint = manifest["fit"].get("checkpoint")

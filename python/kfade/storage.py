@@ -36,7 +36,8 @@ _LEFTOVER = re.compile(r"\..+\.\d+\.part")
 CONVENTIONS = {
     "a_sum": "sum of a aT over positions that are not padding; A = a_sum / positions",
     "s_sum": "sum of g gT over loss positions, g of the summed loss; S = s_sum / losses",
-    "lambda_sum": "sum over sequences of the squared rotated gradient; eigenvalues = lambda_sum / losses",
+    "lambda_sum": "sum over sequences of the squared rotated gradient; eigenvalues = lambda_sum / lambda_losses, or"
+    " / losses where that is null",
     "rank": "with config.rank, of a factor of order beyond it q has k columns, lambda_in and lambda_out end in the mean"
     " of the other eigenvalues, and the last row or column of lambda_sum is the mean over these directions",
     "packing": "block rows of 128 of the lower triangle, row-major; above the diagonal undefined",
@@ -57,7 +58,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "kfac": _KFAC,
     "ekfac": (*_KFAC, "lambda_sum"),
 }
-COUNTS = ("d_out", "d_in", "has_bias", "transposed", "group", "positions", "losses")
+COUNTS = ("d_out", "d_in", "has_bias", "transposed", "group", "positions", "losses", "lambda_losses")
 
 
 def sha256(path: Path) -> str:

@@ -477,6 +477,17 @@ def test_ctrl_c_leaves_nothing_half_written(home: Path, tmp_path: Path, monkeypa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "u.safetensors"]
 
 
+def test_fit_in_one_pass(home: Path, tmp_path: Path) -> None:
+    command = ["fit", *sources(home)[:2], *sources(home)[4:], "--batch-size", 6, "--quiet"]
+    done(*command, "--out", tmp_path / "a", "--basis-share", 0.5)
+    done(*command, "--out", tmp_path / "b", "--basis", tmp_path / "a")
+    one, two = (kfade.Curvature.load(tmp_path / name) for name in "ab")
+    for name, layer in one.items():
+        assert torch.equal(two[name].q_in, layer.q_in)
+        assert two[name].lambda_losses == layer.losses + layer.lambda_losses
+    assert "nowhere" in refused(*command, "--out", tmp_path / "c", "--basis", tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize("command", ["fit", "unlearn", "apply", "eval", "bench", "demo", "doctor"])
 def test_help(command: str) -> None:
     assert "Usage" in done(command, "--help").stdout

@@ -251,6 +251,7 @@ MODELS: dict[str, tuple[Callable[[], Any], FitConfig]] = {
     "autocast": (lambda: tiny("llama", torch.float32), replace(OPTIONS, autocast="bfloat16")),
     "bfloat16": (lambda: tiny("llama", torch.bfloat16), OPTIONS),
     "empirical": (lambda: tiny("llama", torch.float32), replace(OPTIONS, fisher="empirical", samples=1)),
+    "one pass": (lambda: tiny("llama", torch.float32), replace(OPTIONS, basis_share=0.4)),
 }
 
 
@@ -278,6 +279,24 @@ def test_models(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             cuts += 1
     require_same(fitted, plain)
     assert cuts >= 4
+
+
+def test_a_basis_that_is_given(model: Any, whole: Curvature, work: Work, tmp_path: Path) -> None:
+    """Its factors and eigenvectors are copied at once; the one pass for Λ is gone on with."""
+    plain = kfade.fit(model, BATCHES[:3], OPTIONS, basis=whole)
+    work.cut("batch", 9)
+    with pytest.raises(Cut):
+        kfade.fit(model, BATCHES[:3], OPTIONS, basis=whole, store=tmp_path / "s")
+    work.go_on()
+    other = kfade.fit(model, BATCHES[:2], OPTIONS)
+    work.go_on()
+    for basis in (None, other):
+        with pytest.raises(StorageError, match="holds another fit: the basis differs"):
+            kfade.fit(model, BATCHES[:3], OPTIONS, basis=basis, store=tmp_path / "s")
+    require_same(kfade.fit(model, BATCHES[:3], OPTIONS, basis=whole, store=tmp_path / "s"), plain)
+    # 2 passes over layers × 3 batches × 2 samples; one batch of the second pass was saved.
+    assert work.counts == {"batch": 12 - 8, "factor": 0}
+    require_same(Curvature.load(tmp_path / "s", model), plain)
 
 
 def test_other_layers_a_pass_may_be_taken_to_go_on(model: Any, work: Work, tmp_path: Path) -> None:

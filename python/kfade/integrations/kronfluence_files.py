@@ -86,7 +86,8 @@ def export_factors(curvature: Curvature, directory: str | Path, sequences: int) 
     Raises:
         MissingLibraryError: kronfluence, whose arguments are written beside the factors, is not installed.
         TypeError, ValueError: `sequences` is not a whole number of at least 1; a layer is a Conv1D, which kronfluence
-            does not track; sums were weighted, so that there is no count of what is in them.
+            does not track; sums were weighted, so that there is no count of what is in them; Λ rests on other
+            sequences than S.
     """
     if isinstance(sequences, bool) or not isinstance(sequences, int):
         raise TypeError(f"sequences is {sequences!r}; it must be an integer")
@@ -97,6 +98,8 @@ def export_factors(curvature: Curvature, directory: str | Path, sequences: int) 
             raise ValueError(f"layer {name} is a Conv1D, which kronfluence does not track")
         if state.positions != round(state.positions) or state.losses != round(state.losses):
             raise ValueError(f"layer {name} has sums over {state.positions} rows; they must not have been weighted")
+        if state.lambda_losses is not None:
+            raise ValueError(f"layer {name} has Λ of other sequences than S; both must rest on all {sequences}")
     try:
         factor_arguments = import_module("kronfluence.arguments").FactorArguments
     except ImportError as error:
