@@ -253,6 +253,14 @@ _Rank = Annotated[
     ),
 ]
 
+_Decomposition = Annotated[
+    str,
+    typer.Option(
+        "--decomposition",
+        help="eigh, or cholesky: kfac without eigenvectors, and with a factored damping.",
+        rich_help_panel=_CURVATURE,
+    ),
+]
 _BasisShare = Annotated[
     float | None,
     typer.Option(
@@ -560,6 +568,7 @@ def fit(
     autocast: _Autocast = _FIT.autocast,
     temperature: _Temperature = _FIT.temperature,
     rank: _Rank = _FIT.rank,
+    decomposition: _Decomposition = _FIT.decomposition,
     basis_share: _BasisShare = _FIT.basis_share,
     basis: Annotated[
         Path | None,
@@ -663,6 +672,7 @@ def plan(
     device_memory: _DeviceMemory = _FIT.device_memory,
     autocast: _Autocast = _FIT.autocast,
     rank: _Rank = _FIT.rank,
+    decomposition: _Decomposition = _FIT.decomposition,
     basis_share: _BasisShare = _FIT.basis_share,
     dtype: _Dtype = "float32",
     device: Annotated[
@@ -686,7 +696,8 @@ def plan(
 
     options = FitConfig(
         curvature=curvature, fisher=fisher, modules=modules, samples=samples, layers_per_pass=layers_per_pass,
-        device_memory=device_memory, autocast=autocast, rank=rank, basis_share=basis_share,
+        device_memory=device_memory, autocast=autocast, rank=rank, decomposition=decomposition,
+        basis_share=basis_share,
     )  # fmt: skip
     _start(quiet)
     found = plan_of(model, tokens, seq_len, options, batch_size=batch_size, device=device, devices=devices, dtype=dtype)
@@ -720,6 +731,7 @@ def unlearn(
     autocast: _Autocast = _UNLEARN.fit.autocast,
     temperature: _Temperature = _UNLEARN.fit.temperature,
     rank: _Rank = _UNLEARN.fit.rank,
+    decomposition: _Decomposition = _UNLEARN.fit.decomposition,
     basis_share: _BasisShare = _UNLEARN.fit.basis_share,
     checkpoint_seconds: _CheckpointSeconds = _UNLEARN.fit.checkpoint_seconds,
     damping: _Damping = _UNLEARN.damping,

@@ -9,6 +9,7 @@ from typing import Any
 
 CURVATURES = ("identity", "diagonal", "kfac", "ekfac")
 FISHERS = ("sampled", "empirical")
+DECOMPOSITIONS = ("eigh", "cholesky")
 DAMPINGS = ("relative", "absolute")
 OBJECTIVES = ("distil", "npo", "cross_entropy")
 FORGET_SPLITS = ("forget01", "forget05", "forget10")
@@ -65,6 +66,8 @@ class FitConfig:
             directions that a model has become sure in, where its own Fisher is nearly 0 and grows as soon as it moves.
         rank: k: of each factor keep the k largest eigenpairs, found by a sketch, and the mean of the rest; a factor of
             order k or less is kept whole. None keeps all whole. Only with `kfac` and `ekfac`.
+        decomposition: of the factors: `eigh`, or `cholesky`, which finds no eigenvectors: a solve then factorises both
+            factors with their share of a factored damping, see `kfade_kernels.cholesky`. Only with `kfac`, whole.
         basis_share: one pass over the data instead of two: this share of the batches, evenly spread, gives A, S and the
             eigenvectors, and the others give Λ. None takes all for both, one pass after the other. Only with `ekfac`.
         checkpoint_seconds: a fit that has a directory saves the sums of the pass it is in after each so many seconds,
@@ -81,6 +84,7 @@ class FitConfig:
     autocast: str = "off"
     temperature: float = 1.0
     rank: int | None = None
+    decomposition: str = "eigh"
     basis_share: float | None = None
     checkpoint_seconds: float = 60.0
 
@@ -103,6 +107,12 @@ class FitConfig:
             _integer("rank", self.rank, 1)
             if self.curvature not in ("kfac", "ekfac"):
                 raise ValueError(f"rank is {self.rank}; {self.curvature} has no factors: it must be None")
+        _one_of("decomposition", self.decomposition, DECOMPOSITIONS)
+        if self.decomposition == "cholesky" and (self.curvature != "kfac" or self.rank is not None):
+            raise ValueError(
+                f"decomposition is 'cholesky', curvature is {self.curvature!r} and rank is {self.rank}; without"
+                " eigenvectors they must be 'kfac' and None"
+            )
         if self.basis_share is not None:
             _number("basis_share", self.basis_share, above=0.0)
             _share("basis_share", self.basis_share)
@@ -436,6 +446,8 @@ class KFACConfig:
             raise TypeError(f"fit is a {type(self.fit).__name__}; it must be a FitConfig")
         if self.fit.curvature != "kfac":
             raise ValueError(f"fit.curvature is {self.fit.curvature!r}; it must be 'kfac'")
+        if self.fit.decomposition != "eigh":
+            raise ValueError(f"fit.decomposition is {self.fit.decomposition!r}; it must be 'eigh'")
         if not isinstance(self.adam_betas, (tuple, list)) or len(self.adam_betas) != 2:
             raise TypeError(f"adam_betas is {self.adam_betas!r}; it must be a pair of numbers")
         for i, beta in enumerate(self.adam_betas):

@@ -8,6 +8,9 @@ the diagonal approximation measures it in the parameters' own basis, and identit
 With a rank k a factor of higher order has a *thin* basis Q `[n, k]` of its largest eigenpairs, and all directions
 beside them share the mean of the rest: see `kfade_kernels.low_rank`. Λ is then a block, its last row or column for
 that tail.
+
+A K-FAC curvature may have factors alone and no eigenvectors: it is solved with by Cholesky factorisations and a
+factored damping, and has no Λ; see `kfade_kernels.cholesky`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 from kfade_kernels import PackedSymmetric, kron_solve, low_rank
+from kfade_kernels.cholesky import factored_solve
 from kfade_kernels.precision import float32_products
 from torch import Tensor
 
@@ -104,6 +108,11 @@ class LayerCurvature:
         return any(q is not None and q.shape[1] < q.shape[0] for q in (self.q_in, self.q_out))
 
     @property
+    def factors_alone(self) -> bool:
+        """Whether it is solved with by Cholesky factorisations: there are factors, and nothing was decomposed."""
+        return self.a_sum is not None and self.s_sum is not None and self.q_in is None and self.q_out is None
+
+    @property
     def width_in(self) -> int:
         return self.d_in + int(self.has_bias)
 
@@ -142,6 +151,10 @@ class LayerCurvature:
             return self.lambda_sum / self.lambda_count
         if self.lambda_out is not None and self.lambda_in is not None:
             return torch.outer(self.lambda_out, self.lambda_in)
+        if self.factors_alone:
+            raise ValueError(
+                f"layer {self.name} has no eigenvalues: nothing was decomposed; fit with decomposition 'eigh'"
+            )
         return torch.ones(self.d_out, self.width_in)
 
     def multiplicities(self) -> Tensor:
@@ -160,6 +173,9 @@ class LayerCurvature:
             return float(self.lambda_sum.mean(dtype=torch.float64)) / self.lambda_count
         if self.lambda_out is not None and self.lambda_in is not None:
             return float(self.lambda_out.mean(dtype=torch.float64) * self.lambda_in.mean(dtype=torch.float64))
+        if self.a_sum is not None and self.s_sum is not None:
+            traces = float(self.a_sum.trace()) * float(self.s_sum.trace())
+            return traces / (max(1, self.positions) * max(1, self.losses) * self.width_in * self.d_out)
         return 1.0
 
     def damping(self, value: float, kind: str) -> float:
@@ -184,6 +200,10 @@ class LayerCurvature:
         if self.low_rank:
             image = low_rank.apply(right, self.output_eigenvectors(), self.input_eigenvectors(), self.eigenvalues())
             return float((left.to(image.dtype) * image).sum(dtype=torch.float64))
+        if self.factors_alone:
+            s, a = self.output_factor(), self.input_factor()
+            with float32_products():
+                return float((left.to(s.dtype) * (s @ right.to(s.dtype) @ a)).sum(dtype=torch.float64))
         if self.q_out is not None and self.q_in is not None:
             with float32_products():
                 left, right = (self.q_out.T @ m.to(self.q_out.dtype) @ self.q_in for m in (left, right))
@@ -220,6 +240,8 @@ def _solve(layers: Sequence[LayerCurvature], matrices: Sequence[Tensor], damping
             solved[i] = low_rank.apply(matrix, layer.output_eigenvectors(), layer.input_eigenvectors(), scale)
         elif layer.q_out is not None and layer.q_in is not None:
             rotated.append(i)
+        elif layer.factors_alone:
+            solved[i] = _factored_solve(layer, matrix, damping)
         elif layer.lambda_sum is None:
             solved[i] = matrix / (1 + damping)
         else:
@@ -232,6 +254,15 @@ def _solve(layers: Sequence[LayerCurvature], matrices: Sequence[Tensor], damping
             # Λ went in as its raw sum, T times too large, and so did λ.
             solved[i] = solution.mul_(layers[i].lambda_count) if layers[i].lambda_sum is not None else solution
     return [x for x in solved if x is not None]
+
+
+def _factored_solve(layer: LayerCurvature, matrix: Tensor, damping: float) -> Tensor:
+    assert layer.s_sum is not None and layer.a_sum is not None
+    counts = {"s_count": max(1, layer.losses), "a_count": max(1, layer.positions)}
+    try:
+        return factored_solve(matrix, layer.s_sum, layer.a_sum, damping, **counts)
+    except ValueError as error:
+        raise ValueError(f"layer {layer.name}: {error}") from error
 
 
 def _groups(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:

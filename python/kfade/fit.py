@@ -305,9 +305,8 @@ class _Fit:
                 self._take_basis(states, layers, self.basis)
             else:
                 self._pass(f"factors A, S{suffix}", FACTORS, states, layers, self.mine[0], self._factors, owners)
-            if not self.decomposes:
-                return states
-            self._decompose(states, layers, suffix, owners)
+            if self.decomposes:
+                self._decompose(states, layers, suffix, owners)
         self._next_stage()
         if config.curvature in ("diagonal", "ekfac"):
             self._pass(f"eigenvalues Λ{suffix}", CORRECTION, states, layers, self.mine[1], self._correction, owners)
@@ -442,6 +441,11 @@ def fit_among(
         )
     if basis is not None and ranks.group is not None:
         raise ValueError("a basis and a group are given; one of them must be None")
+    if config.decomposition == "cholesky" and ranks.group is not None:
+        raise ValueError(
+            "config.decomposition is 'cholesky' and a group is given: the two factors of a layer are with different"
+            " ranks; it must be 'eigh'"
+        )
     if store is not None and config.rank is not None:
         raise ValueError(
             f"store is {store} and config.rank is {config.rank}: a low-rank fit cannot save itself as it goes; leave"
@@ -479,6 +483,7 @@ def fit_among(
         kept = stack.enter_context(FitStore(store, config, progress))
         idle = idle_batch(device_of(model), attended=False) if is_sharded(model) else None
         first, second = (ranks.mine(part, ranks.share(part), idle) for part in parts)
+        decomposes = decomposes and config.decomposition == "eigh"
         fit = _Fit(model, head, config, progress, kept, parts, (first, second), basis, decomposes, ranks)
         kept.open(model, model_id(model), fit.empty(layers), checked, device_of(model), state_dtype(model), basis)
         passes = in_passes(layers, at_most)

@@ -32,7 +32,13 @@ def checked_layers(curvature: Curvature, layers: str | Sequence[str] | None) -> 
         raise ValueError(f"layers has unknown names {unknown}; the curvature has {sorted(curvature)}")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"layers is {chosen}; it must name each layer once")
-    return [state for name, state in curvature.items() if name in chosen]
+    states = [state for name, state in curvature.items() if name in chosen]
+    if any(state.factors_alone for state in states):
+        raise ValueError(
+            "curvature has factors and no eigenvalues, and these are needed: it must be fitted with decomposition"
+            " 'eigh'"
+        )
+    return states
 
 
 def _shapes(state: LayerCurvature) -> dict[str, torch.Size]:

@@ -359,6 +359,7 @@ class _Model:
         self.factor_share = config.basis_share or 1.0
         self.correction_share = 1.0 - (config.basis_share or 0.0)
         self.has_factors = config.curvature in ("kfac", "ekfac")
+        self.decomposes = self.has_factors and config.decomposition == "eigh"
         self.has_correction = config.curvature in ("diagonal", "ekfac")
         self.on_cpu = rates.kind == "cpu"
         self.sharded = devices > 1 and weights > rates.memory / 4
@@ -378,7 +379,7 @@ class _Model:
         return float(sum(self.output[x.name].accumulator + self._leading(x, "accumulator") for x in part))
 
     def eigenvectors(self, part: Sequence[Layer]) -> float:
-        if not self.has_factors:
+        if not self.decomposes:
             return 0.0
         return float(sum(self.output[x.name].eigenvectors + self._leading(x, "eigenvectors") for x in part))
 
@@ -486,7 +487,8 @@ class _Model:
             inside = {x.name: self._factor_bytes(x) for x in part}
             live, work = self._data_peak(after, peak, alive, inside)
             plans.append(MemoryPlan("factors A, S", *base, sums, 0.0, 0.0, live, work))
-            plans.append(self._decomposition(part, base))
+            if self.decomposes:
+                plans.append(self._decomposition(part, base))
         if self.has_correction:
             inside = {x.name: self._correction_bytes(x, outputs[x.group]) for x in part}
             live, work = self._data_peak(after, peak, alive, inside)
@@ -538,7 +540,9 @@ class _Model:
         if runs:
             found.append(self._model_stage(runs))
         if self.has_factors:
-            found += [self._factor_stage(len(passes)), self._decomposition_stage(len(passes))]
+            found.append(self._factor_stage(len(passes)))
+        if self.decomposes:
+            found.append(self._decomposition_stage(len(passes)))
         if self.has_correction:
             found.append(self._correction_stage(len(passes)))
         if self.devices > 1 and runs:
@@ -652,6 +656,8 @@ class _Model:
             if self.has_factors:
                 k_out, k_in = self.output[x.name].columns, self.input[x.group].columns
                 flops += 4.0 * x.d_out * x.width_in * (k_out + k_in)
+                # Without eigenvectors as much for the triangular solves, after the factorisations.
+                flops += 0.0 if self.decomposes else (k_out**3 + k_in**3) / 3
                 moved += self.itemsize * (x.d_out * k_out + x.width_in * k_in)
             moved += self.itemsize * (2.0 * x.d_out * x.width_in + k_out * k_in)
         flops, moved = flops / self.devices, moved / self.devices
@@ -745,6 +751,7 @@ def _places(model: _Model, passes: Sequence[Sequence[Layer]]) -> list[Place]:
     if model.has_factors:
         until = "they are decomposed, then disk" if model.stored else "the end"
         found.append(Place("accumulators of a pass, packed", where, model.accumulators(widest), until))
+    if model.decomposes:
         found.append(Place("eigenvectors of a pass", where, model.eigenvectors(widest), stays))
     if model.has_correction:
         found.append(Place("Λ of a pass", where, model.eigenvalues(widest), stays))

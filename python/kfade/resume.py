@@ -322,7 +322,7 @@ class FitStore:
             raise StorageError(f"{where} is not a manifest of a fit: {error}") from error
         self._found = dict(self._files)
         self._done = {(entry["layer"], entry["stage"]) for entry in self._found.values()}
-        needed = sum(len(set(stages_of(s)) & set(required_stages(self._config.curvature))) for s in states.values())
+        needed = sum(len(set(stages_of(s)) & set(required_stages(self._config))) for s in states.values())
         if self._done or self._checkpoint:
             self._progress.say(f"{self._directory} has {len(self._done)} of {needed} files of this fit already")
 
@@ -335,7 +335,7 @@ class FitStore:
                 path.unlink()
 
     def _require_room(self, directory: Path, states: Mapping[str, LayerCurvature], dtype: torch.dtype) -> None:
-        required, needed = required_stages(self._config.curvature), 0
+        required, needed = required_stages(self._config), 0
         for name, state in states.items():
             shapes = shapes_of(state)
             for stage in stages_of(state):
@@ -433,7 +433,7 @@ class FitStore:
             (name, stage)
             for name, state in states.items()
             for stage in stages_of(state)
-            if stage in required_stages(self._config.curvature)
+            if stage in required_stages(self._config)
         )
         # What is only kept stays on the disk.
         device = None if done and self._device.type == "cpu" else self._device

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import fit_config, to_dict
+from .config import FitConfig, fit_config, to_dict
 from .curvature import Curvature, LayerCurvature
 from .errors import StorageError
 
@@ -51,7 +51,8 @@ STAGES = {
     "input_decomposition": ("q_in", "lambda_in"),
 }
 SHARED = ("input_factors", "input_decomposition")
-_KFAC = ("a_sum", "s_sum", "q_in", "lambda_in", "q_out", "lambda_out")
+_FACTORS = ("a_sum", "s_sum")
+_KFAC = (*_FACTORS, "q_in", "lambda_in", "q_out", "lambda_out")
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "identity": (),
     "diagonal": ("lambda_sum",),
@@ -201,9 +202,14 @@ def stages_of(state: LayerCurvature) -> list[str]:
     return [stage for stage in STAGES if stage not in SHARED or state.group == state.name]
 
 
-def required_stages(curvature: str) -> list[str]:
-    """The stages without which a curvature of this kind is not whole."""
-    return [stage for stage, names in STAGES.items() if set(names) & set(_REQUIRED[curvature])]
+def _required(config: FitConfig) -> tuple[str, ...]:
+    """The tensors without which a curvature is not whole."""
+    return _FACTORS if config.decomposition == "cholesky" else _REQUIRED[config.curvature]
+
+
+def required_stages(config: FitConfig) -> list[str]:
+    """The stages without which a curvature that was fitted so is not whole."""
+    return [stage for stage, names in STAGES.items() if set(names) & set(_required(config))]
 
 
 def shapes_of(state: LayerCurvature, rank: int | None = None) -> dict[str, list[int]]:
@@ -401,7 +407,7 @@ def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature
     share_in_groups(states)
     for name, state in states.items():
         fields = shapes_of(state, config.rank)
-        missing = [key for key in _REQUIRED[config.curvature] if key in fields and getattr(state, key) is None]
+        missing = [key for key in _required(config) if key in fields and getattr(state, key) is None]
         if missing:
             raise StorageError(
                 f"{directory}: {', '.join(missing)} of {name} is missing, and {config.curvature} needs it"

@@ -284,7 +284,7 @@ class FactorTracker:
         self._layers, self._traced = layers, True
 
     def curvature(self) -> Curvature:
-        """Decompose the running factors: a K-FAC curvature of the model's recent past, as from `kfade.fit`.
+        """A K-FAC curvature of the model's recent past from the running factors, decomposed as `kfade.fit` does.
 
         Raises:
             RuntimeError: nothing was collected yet.
@@ -293,7 +293,8 @@ class FactorTracker:
         if not self._states:
             raise RuntimeError("nothing was collected yet: call step() or update() first")
         states = {name: replace(state) for name, state in self._states.items()}
-        decompose_states(states)
+        if self.config.decomposition == "eigh":
+            decompose_states(states)
         return Curvature(replace(self.config), model_id(self._model), states)
 
     def state_dict(self) -> dict[str, Any]:

@@ -477,6 +477,16 @@ def test_ctrl_c_leaves_nothing_half_written(home: Path, tmp_path: Path, monkeypa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "u.safetensors"]
 
 
+def test_fit_without_eigenvectors(home: Path, tmp_path: Path) -> None:
+    options = ["--curvature", "kfac", "--decomposition", "cholesky", "--batch-size", 6, "--quiet"]
+    done("fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "f", *options)
+    assert not list((tmp_path / "f").glob("*decomposition*"))
+    done(*quick(home, tmp_path / "u"), *options, "--factors", tmp_path / "f")
+    assert "decomposition is 'cholesky', curvature is 'ekfac'" in refused(
+        "fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "g", "--decomposition", "cholesky"
+    )
+
+
 def test_fit_in_one_pass(home: Path, tmp_path: Path) -> None:
     command = ["fit", *sources(home)[:2], *sources(home)[4:], "--batch-size", 6, "--quiet"]
     done(*command, "--out", tmp_path / "a", "--basis-share", 0.5)
