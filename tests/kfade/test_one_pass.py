@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import batch, hand_made, loss_positions, sampled_labels, tiny
 from oracles import assert_close, autograd_truth, relative
+from pages import run_examples
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -233,3 +234,8 @@ def test_kronfluence_files_need_one_set_of_sequences(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="has Λ of other sequences than S"):
         export_factors(fitted(tiny("llama"), basis_share=0.4), tmp_path, 20)
+
+
+def test_the_examples_of_the_page_run() -> None:
+    found = run_examples("decomposition.md")
+    assert found["solved"][found["up"].name].shape == (160, 64)
