@@ -37,6 +37,7 @@ CASES = {
     "passes": FitConfig(modules="all-linear", layers_per_pass=3, samples=2),
     "low rank": FitConfig(modules="all-linear", rank=4),
     "empirical": FitConfig(modules="mlp", fisher="empirical"),
+    "one pass": FitConfig(modules="mlp", basis_share=0.5),
 }
 
 
@@ -213,6 +214,10 @@ def refused(group: ProcessGroup) -> list[str]:
         message(lambda: kfade.unlearn(plain, *data, store="s", group=group)),
         message(lambda: kfade.fit(sharded, batches())),
         message(lambda: kfade.fit(sharded, batches(), FitConfig(device_memory=1.0), group=group)),
+        message(lambda: kfade.fit(plain, batches(), group=group, basis=kfade.Curvature(FitConfig(), "m", {}))),
+        message(
+            lambda: kfade.fit(plain, batches(), FitConfig(curvature="kfac", decomposition="cholesky"), group=group)
+        ),
     ]
     if group.rank() == 0:
         found.append(message(lambda: kfade.fit(sharded, batches(), group=half)))

@@ -39,6 +39,7 @@ def require_close(found: Curvature, truth: Curvature, tolerance: float = ROUNDIN
         here, there = values_of(found[name]), values_of(state)
         assert here.keys() == there.keys()
         assert (found[name].positions, found[name].losses) == (state.positions, state.losses)
+        assert found[name].lambda_losses == state.lambda_losses
         for key, value in there.items():
             oracles.assert_close(here[key], value, tolerance, f"{key} of {name}")
 
@@ -181,8 +182,10 @@ def test_what_a_group_cannot_do(tmp_path: Path) -> None:
         assert "store is s and a group is given" in told[1]
         assert "model is sharded and group is None" in told[2]
         assert "config.device_memory is 1.0 and the model is sharded" in told[3]
+        assert "a basis and a group are given" in told[4]
+        assert "config.decomposition is 'cholesky' and a group is given" in told[5]
         assert (
-            "sharded over 2 ranks and group has 1" in (told[4:] or ["model is sharded over 2 ranks and group has 1"])[0]
+            "sharded over 2 ranks and group has 1" in (told[6:] or ["model is sharded over 2 ranks and group has 1"])[0]
         )
 
 
