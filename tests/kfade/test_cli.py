@@ -178,7 +178,10 @@ def test_flags_override_the_config_file(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("stepps: 3\nseed: 1", "unknown options ['stepps']; fit knows ['autocast', 'batch_size', 'chat', 'checkpoint"),
+        (
+            "stepps: 3\nseed: 1",
+            "unknown options ['stepps']; fit knows ['autocast', 'basis', 'basis_share', 'batch",
+        ),
         ("- 1", "it must hold a mapping of options, not a list"),
         ("a: [", "it cannot be read"),
     ],
