@@ -147,6 +147,15 @@ class _Watch:
         self._end.set()
         self._thread.join()
 
+    def take_leave(self, size: int) -> None:
+        """Leave the store, after the last meeting: rank 0, which often keeps it, when all others have."""
+        if self._rank:
+            self.store.add(f"{self.prefix}/left", 1)
+            return
+        until = time.monotonic() + SILENT_SECONDS
+        while self.store.add(f"{self.prefix}/left", 0) < size - 1 and time.monotonic() < until:
+            time.sleep(_LOOKS[0])
+
 
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether another process ended while this one waited for it in a collective."""
@@ -206,6 +215,8 @@ class Ranks:
         finally:
             if self._outermost:
                 _ENTERED.pop(self.group).close()
+        if self._outermost and error is None:
+            self._watch.take_leave(self.size)
 
     # ---- what is small
 
