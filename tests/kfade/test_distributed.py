@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import models
@@ -23,6 +24,15 @@ from kfade.layers import select
 
 # In float64 the order of a sum changes its last bits, and eigenvectors by those over the gaps of the spectrum.
 ROUNDING = 1e-11
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the workers have: products of two threads have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def values_of(state: kfade.LayerCurvature) -> dict[str, Tensor]:
