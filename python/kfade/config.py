@@ -136,8 +136,7 @@ class UnlearnConfig:
             `npo` ascend the loss; `npo` weights each sequence by how much of it is still remembered. `distil` is the
             KL from a target that does not know: the original model's outputs with the logit of each label lowered,
             and flattened.
-        margin: by how much `distil` lowers the logit of a label, in nats; it is lowered further where the label would
-            still be the likeliest word.
+        margin: by how much `distil` lowers the logit of a label, in nats.
         target_temperature: what `distil` divides the target's logits by. None takes 1 + P², P the geometric mean of
             the probabilities that the original model gives the labels: of what it has memorised it is too sure (2),
             of what it knows a little it is not (1).

@@ -176,17 +176,12 @@ def autocast(kind: str, device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=getattr(torch, kind))
 
 
-# By how much, in nats, a label is behind the likeliest other word in outputs that do not know it.
-BEHIND = 1.0
-
-
 @dataclass(frozen=True)
 class Ignorance:
-    """Outputs of a model that does not know the labels: `softmax(z′ / temperature)`, with a lower logit of each label.
+    """Outputs of a model that does not know the labels: `softmax((z − margin · e_label) / temperature)`.
 
-    `z′_label = min(z_label − margin, max z_other − BEHIND)`: lowered, as the target of UNDIAL (Dong et al. 2024, arXiv
-    2402.10052) has it, and never the likeliest, which a label that the model is sure of would else remain. What is left
-    of a memorised position is as sure of itself as the model was of the label; the temperature takes that away.
+    Lowering the label's logit is the target of UNDIAL (Dong et al. 2024, arXiv 2402.10052). What is left of a
+    memorised position is as sure of itself as the model was of the label; the temperature takes that away.
 
     Attributes:
         labels: int64 `[N]`.
@@ -200,10 +195,8 @@ class Ignorance:
 
     def of(self, logits: Tensor, part: slice) -> Tensor:
         """The target's logits, from the original ones `[n, V]` of some of the rows."""
-        lowered, labels = logits.clone(), self.labels[part].unsqueeze(1)
-        label = logits.gather(1, labels)
-        best_other = lowered.scatter_(1, labels, -torch.inf).amax(1, keepdim=True)
-        lowered.scatter_(1, labels, torch.minimum(label - self.margin, best_other - BEHIND))
+        lowered = logits.clone()
+        lowered[torch.arange(len(logits), device=logits.device), self.labels[part]] -= self.margin
         return lowered.div_(self.temperature)
 
 
