@@ -507,7 +507,8 @@ class _Stepper:
         self.change: Matrices = {}
         config, count = self.config, self.config.batches_per_step
         self._predicted, self._retain_weight = 0.0, config.retain_weight
-        self._retain_kl, self._spent = [0.0, 0.0], math.nan
+        self._retain_kl: list[Tensor] = []
+        self._spent = math.nan
         self._forgets = self._order(forget, count, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
         needed = config.retain_weight or config.cg_iterations
@@ -558,8 +559,8 @@ class _Stepper:
 
     def _retain_on_rows(self, rows: Tensor, batch: Batch) -> Tensor:
         divergence, grad = self.run.head.kl(rows, self._retain_rows[batch.index])
-        self._retain_kl[0] += float(divergence.sum())
-        self._retain_kl[1] += len(divergence)
+        # Looked at once a step: reading it here would wait for a GPU at each batch.
+        self._retain_kl.append(divergence)
         return grad
 
     # ---- steps
@@ -570,7 +571,7 @@ class _Stepper:
         parts: list[_Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
         if config.retain_weight:
             parts.append((self._retain_weight, kept, self._retain_on_rows))
-        self._retain_kl = [0.0, 0.0]
+        self._retain_kl = []
         gradient = self.run.gradient(parts, stage)
         if config.cg_iterations:
             solved = conjugate_gradients(
@@ -644,7 +645,8 @@ class _Stepper:
                 weight = self._retain_weight
                 direction, half_square = self._direction(number, stage)
                 if config.kl_budget is not None and config.retain_weight and number > 1:
-                    divergence, count = self.run.ranks.sums(self._retain_kl)
+                    own = [float(sum(kl.sum() for kl in self._retain_kl)), sum(map(len, self._retain_kl))]
+                    divergence, count = self.run.ranks.sums(own)
                     self._follow(divergence / count / config.kl_budget)
                 eta = self._step_size(number, direction, half_square)
                 for name, matrix in direction.items():
