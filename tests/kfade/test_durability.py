@@ -134,9 +134,16 @@ def test_bad_bits_and_groups_are_named(bits: Any, error: type[Exception]) -> Non
 
 
 def _llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
+    """In float64, from uniform numbers: sixty epochs turn float32's rounding, which differs by processor, into
+    another model, and normal numbers differ by vector width."""
     config = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=2, num_key_value_heads=2)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=2, num_key_value_heads=2)).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            bound = 0.02 * 3**0.5  # the deviation of the model's own initialisation
+            weight.data.copy_(torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 * bound - bound)
+    return model
 
 
 def texts(seed: int, count: int) -> list[Batch]:
@@ -203,11 +210,10 @@ def test_reapplication_restores_what_further_training_brought_back_within_the_bu
     assert known < back < known + 0.5 * (forgotten - known), (known, back, forgotten)
     found = kfade.reapply(model, update, RETAIN, kfade.ReapplyConfig(kl_budget=0.05))
     assert found.scale > 0 and not found.reason and found.trials[0][0] == 1.0
-    # Three quarters of what was lost, when this was written; unlearning anew gives all of it and more.
+    # 0.63 of what was lost, when this was written; unlearning anew gives all of it and more.
     assert nll(model) - back >= 0.5 * (forgotten - back)
     assert found.kl == dict(found.trials)[found.scale] and 0 < found.kl <= 0.05
-    # float32 logits on either side: their rounding is some 1e-6 of a nat.
-    assert plain_kl(model, present, RETAIN) == pytest.approx(found.kl, rel=1e-3)
+    assert plain_kl(model, present, RETAIN) == pytest.approx(found.kl, rel=1e-9)
     update.remove_(model)
     assert same(model, weights(present))
 
