@@ -726,6 +726,7 @@ def ablation(base: UnlearnConfig | None = None) -> dict[str, UnlearnConfig]:
     found["fitted again at every quarter"] = replace(base, refit_every=max(1, base.steps // 4))
     found["no retain-KL term"] = replace(base, retain_weight=0.0)
     found["Fisher at temperature 1"] = fit(temperature=1.0)
+    found["fitted on all of the retain set"] = replace(base, tokens_per_dimension=None)
     found["one step, as published"] = UnlearnConfig(kl_budget=base.kl_budget)
     return {name: config for name, config in found.items() if name == OURS or config != base}
 

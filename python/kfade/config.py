@@ -129,6 +129,8 @@ class UnlearnConfig:
 
     Attributes:
         fit: how the retain curvature is fitted.
+        tokens_per_dimension: the curvature is fitted on batches with about so many tokens for each dimension of the
+            largest factor, every so many of them; None takes the whole retain set, less `holdout`.
         damping: λ of the solve.
         damping_kind: `relative` multiplies `damping` by the mean eigenvalue of each layer;
             `absolute` takes it as it is, in the unit of Λ.
@@ -161,6 +163,7 @@ class UnlearnConfig:
     """
 
     fit: FitConfig = field(default_factory=FitConfig)
+    tokens_per_dimension: float | None = None
     damping: float = 0.1
     damping_kind: str = "relative"
     objective: str = "cross_entropy"
@@ -181,6 +184,8 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.fit, FitConfig):
             raise TypeError(f"fit is a {type(self.fit).__name__}; it must be a FitConfig")
+        if self.tokens_per_dimension is not None:
+            _number("tokens_per_dimension", self.tokens_per_dimension, above=0.0)
         _one_of("damping_kind", self.damping_kind, DAMPINGS)
         _one_of("objective", self.objective, OBJECTIVES)
         _number("damping", self.damping, minimum=0.0)
@@ -217,6 +222,7 @@ class UnlearnConfig:
         """
         values: dict[str, Any] = {
             "fit": FitConfig(temperature=3.0),
+            "tokens_per_dimension": 40.0,
             "objective": "distil",
             "steps": 40,
             "batches_per_step": 1,

@@ -329,6 +329,15 @@ def _spread(batches: Sequence[Batch], sequences: int) -> list[Batch]:
     return list(batches[::stride])
 
 
+def _enough(batches: Sequence[Batch], layers: Sequence[Layer], ratio: float | None) -> list[Batch]:
+    """Every so many of the batches, with about so many tokens for each dimension of the largest factor together."""
+    if ratio is None:
+        return list(batches)
+    needed = ratio * max(max(layer.d_out, layer.width_in) for layer in layers)
+    stride = max(1, int(sum(batch.tokens for batch in batches) // needed))
+    return list(batches[::stride])
+
+
 def search_step_size(
     measure: Callable[[float], float],
     predicted: Callable[[float], float],
@@ -508,7 +517,7 @@ class _Stepper:
         config, count = self.config, self.config.batches_per_step
         self._predicted, self._retain_weight = 0.0, config.retain_weight
         self._retain_kl: list[Tensor] = []
-        self._spent = math.nan
+        self._recent = (0.0, 0.0)
         self._forgets = self._order(forget, count, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
         needed = config.retain_weight or config.cg_iterations
@@ -647,7 +656,7 @@ class _Stepper:
                 if config.kl_budget is not None and config.retain_weight and number > 1:
                     own = [float(sum(kl.sum() for kl in self._retain_kl)), sum(map(len, self._retain_kl))]
                     divergence, count = self.run.ranks.sums(own)
-                    self._follow(divergence / count / config.kl_budget)
+                    self._follow(divergence, count)
                 eta = self._step_size(number, direction, half_square)
                 for name, matrix in direction.items():
                     self.change[name].add_(matrix, alpha=eta)
@@ -669,7 +678,7 @@ class _Stepper:
                 self.change[layer.name] = torch.zeros(layer.d_out, layer.width_in, dtype=run.dtype, device=run.device)
 
     def _fit(self, store: str | Path | None = None) -> None:
-        batches = as_batches(self.fitted)
+        batches = as_batches(_enough(self.fitted, self.run.layers, self.config.tokens_per_dimension))
         self.curvature = fit_among(self.run.model, batches, self.config.fit, self.progress, True, store, self.run.ranks)
 
     def _look(self, number: int, eta: float, weight: float) -> None:
@@ -683,11 +692,15 @@ class _Stepper:
         if self.config.kl_budget is not None and not self.config.retain_weight:
             self._shorten(kl / self.config.kl_budget)
 
-    def _follow(self, spent: float) -> None:
+    def _follow(self, divergence: float, count: float) -> None:
         """Pull harder to the original outputs where more than the budget is spent, less where less is."""
-        finite = spent if math.isfinite(spent) else 1e3 * OFF
-        self._spent = finite if math.isnan(self._spent) else (self._spent + finite) / 2
-        self._retain_weight *= min(PULL[1], max(PULL[0], self._spent)) ** min(1.0, PULLS / self.config.steps)
+        budget = self.config.kl_budget
+        assert budget is not None
+        # A mean over tokens, as the budget is: batches of short answers cost more a token than those of long texts.
+        finite = divergence if math.isfinite(divergence) else 1e3 * OFF * budget * count
+        self._recent = (self._recent[0] / 2 + finite, self._recent[1] / 2 + count)
+        spent = self._recent[0] / self._recent[1] / budget
+        self._retain_weight *= min(PULL[1], max(PULL[0], spent)) ** min(1.0, PULLS / self.config.steps)
         self._shorten(spent)
 
     def _shorten(self, spent: float) -> None:

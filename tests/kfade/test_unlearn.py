@@ -224,10 +224,10 @@ def test_weight_of_the_retain_term_follows_what_is_spent(steps: int) -> None:
         model, batches(1, 2), batches(2, 4), config, every=1,
         observe=lambda number, seconds: spent.append(scores(model, data, original).kl / budget),
     ).report  # fmt: skip
-    weights, mean = [10.0, 10.0], spent[0]
-    for number, share in enumerate(spent[:-2]):
-        mean = (mean + share) / 2 if number else share
-        weights.append(weights[-1] * min(4.0, max(0.5, mean)) ** min(1.0, 16 / steps))
+    weights, total, count = [10.0, 10.0], 0.0, 0.0
+    for share in spent[:-2]:
+        total, count = total / 2 + share, count / 2 + 1
+        weights.append(weights[-1] * min(4.0, max(0.5, total / count)) ** min(1.0, 16 / steps))
     assert [look.number for look in report.steps] == sorted({1, *range(steps // 8, steps + 1, steps // 8)})
     for look in report.steps:
         # KL is a small difference in float32, and a run multiplies by it at each step.
@@ -261,6 +261,19 @@ def test_what_cannot_meet_its_budget_is_dropped_and_reported() -> None:
     assert end.measured_kl == 0 and end.scale == 0 and "budget" in end.reason
     assert update.norm() == 0
     assert any("nothing was changed" in warning for warning in update.report.warnings)
+
+
+@pytest.mark.parametrize(("ratio", "stride"), [(None, 1), (1e4, 1), (1.2, 2), (1e-3, 4)])
+def test_a_fit_on_enough_tokens_sees_every_so_many_of_the_batches(ratio: float | None, stride: int) -> None:
+    forget, retain = batches(1, count=1), batches(2, count=4)
+    config = kfade.UnlearnConfig.stepwise(steps=2, tokens_per_dimension=ratio)
+    fitted, _ = split_holdout(check_batches(retain, torch.device("cpu")), config.holdout)
+    # Factors of order 24 at most, and four batches of some twenty tokens.
+    assert 72 <= sum(batch.tokens for batch in fitted) <= 86 and len(fitted) == 4
+    curvature = kfade.fit(llama(), as_batches(fitted)[::stride], config.fit)
+    first = kfade.unlearn(llama(), forget, retain, config)
+    second = kfade.unlearn(llama(), forget, retain, config, curvature=curvature)
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
 
 
 def test_refits_are_counted() -> None:
@@ -434,6 +447,7 @@ def test_layers_with_biases_and_transposed_weights() -> None:
         ({"target_temperature": 0.0}, "target_temperature"),
         ({"batches_per_step": 0}, "batches_per_step"),
         ({"step_share": 0.0}, "step_share"),
+        ({"tokens_per_dimension": 0.0}, "tokens_per_dimension"),
     ],
 )
 def test_bad_options_are_named(changes: dict[str, object], named: str) -> None:
