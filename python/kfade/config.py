@@ -163,7 +163,7 @@ class UnlearnConfig:
     """
 
     fit: FitConfig = field(default_factory=FitConfig)
-    tokens_per_dimension: float | None = None
+    tokens_per_dimension: float | None = 40.0
     damping: float = 0.1
     damping_kind: str = "relative"
     objective: str = "cross_entropy"
@@ -222,7 +222,6 @@ class UnlearnConfig:
         """
         values: dict[str, Any] = {
             "fit": FitConfig(temperature=3.0),
-            "tokens_per_dimension": 40.0,
             "objective": "distil",
             "steps": 40,
             "batches_per_step": 1,

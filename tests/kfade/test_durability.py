@@ -134,8 +134,10 @@ def test_bad_bits_and_groups_are_named(bits: Any, error: type[Exception]) -> Non
 
 
 def _llama() -> LlamaForCausalLM:
-    """In float64, from uniform numbers: sixty epochs turn float32's rounding, which differs by processor, into
-    another model, and normal numbers differ by vector width."""
+    """A tiny model whose training ends the same on every processor.
+
+    Sixty epochs turn float32's rounding into another model, and normal numbers differ by vector width.
+    """
     config = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=2, num_key_value_heads=2)).double().eval()
     generator = torch.Generator().manual_seed(0)
