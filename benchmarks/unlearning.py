@@ -64,6 +64,8 @@ STAGES = ("tofu", "ablation", "smollm", "tofu-smollm")
 FORGOTTEN = {"forget01": 2, "forget05": 10, "forget10": 20}
 AUTHOR, AUTHORS = 20, 200
 ABLATED = "forget05"
+# Not in two hours: the first is never ahead of itself with a retain-KL term, the second is gradient ascent reweighed.
+LEFT_OUT = ("undial", "wga")
 
 
 @dataclass(frozen=True)
@@ -497,7 +499,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("kfade-report"), help="report, trained models, finished runs")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES[:3]))
     parser.add_argument("--splits", nargs="+", choices=tuple(FORGOTTEN), default=list(FORGOTTEN))
-    parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=[n for n in NAMES if n not in LEFT_OUT])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="retain KL, nats a token")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--seeds", type=int, default=3)

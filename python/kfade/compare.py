@@ -45,11 +45,12 @@ Batches = Sequence[Mapping[str, Tensor]]
 Inspect = Callable[[Any], dict[str, Any]]
 
 OURS, STEPWISE = "kfade", "kfade_stepwise"
+OWN = (OURS, STEPWISE)
 # Baselines with other options than those they are published with.
 VARIANTS: dict[str, dict[str, Any]] = {"undial_kl": {"method": "undial", "retain_weight": 1.0, "retain_loss": "kl"}}
 NAMES = (OURS, STEPWISE, *METHODS, *VARIANTS)
 TITLES = {
-    OURS: "K-FADE",
+    OURS: "K-FADE, one step",
     STEPWISE: "K-FADE, many steps",
     "gradient_ascent": "gradient ascent",
     "gradient_difference": "gradient difference",
@@ -264,7 +265,7 @@ def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> 
         ValueError: no such method.
     """
     check_methods([name])
-    if name in (OURS, STEPWISE):
+    if name in OWN:
         low, high, count = min(options.budgets), max(options.budgets), len(options.learning_rates)
         ratios = [i / (count - 1) for i in range(count)] if count > 1 else [1.0]
         base = within(UnlearnConfig() if name == OURS else UnlearnConfig.stepwise(), batches, options.epochs)
@@ -659,17 +660,29 @@ class Sweep:
         }  # fmt: skip
 
 
+def ranked(chosen: Mapping[str, Sequence[Point]]) -> list[str]:
+    """Methods that have a point, the best mean distance first."""
+    return sorted(
+        (m for m, points in chosen.items() if points), key=lambda m: spread([p.distance for p in chosen[m]])[0]
+    )
+
+
+def our_best(chosen: Mapping[str, Sequence[Point]]) -> str | None:
+    """The better of K-FADE in one step and in many, by mean distance; None if neither has a point."""
+    return next((method for method in ranked(chosen) if method in OWN), None)
+
+
 def our_seconds(chosen: Mapping[str, Sequence[Point]]) -> float:
-    """The longest that K-FADE took to the points that were chosen of it; infinity if it was not run."""
-    return max((p.seconds for p in chosen.get(OURS, ())), default=math.inf)
+    """The longest that the better K-FADE took to the points that were chosen of it; infinity if it was not run."""
+    best = our_best(chosen)
+    return max(p.seconds for p in chosen[best]) if best else math.inf
 
 
-def verdict(sweep: Sweep, budget: float, *, ours: str = OURS) -> str:
-    """One plain sentence: which method is best within a budget, by how much, and where K-FADE loses."""
-    chosen = {m: points for m, points in at_equal_kl(sweep.points, budget).items() if points}
-    means = {method: spread([p.distance for p in points]) for method, points in chosen.items()}
-    order = sorted(means, key=lambda method: means[method][0])
-    best = order[0]
+def verdict(sweep: Sweep, budget: float) -> str:
+    """In plain words: which method is best within a budget, and how far K-FADE is ahead of the others or behind."""
+    chosen = at_equal_kl(sweep.points, budget)
+    order = ranked(chosen)
+    means = {method: spread([p.distance for p in chosen[method]]) for method in order}
     sign = 1 if sweep.aims else -1
 
     def shown(method: str) -> str:
@@ -677,23 +690,18 @@ def verdict(sweep: Sweep, budget: float, *, ours: str = OURS) -> str:
         return f"{sign * mean:.3g} ± {deviation:.2g}" if len(chosen[method]) > 1 else f"{sign * mean:.3g}"
 
     what = "nats a token from the retrained model" if sweep.aims else "nats a token of forget NLL"
-    if ours not in means or len(order) == 1:
-        return f"Within a retain KL of {budget:g}, {sweep.title(best)} is best: {shown(best)} {what}."
-    others = [method for method in order if method != ours]
-    # K-FADE in many steps is no baseline of K-FADE.
-    rival = next((method for method in others if method != STEPWISE), others[0])
-    pairs = [(a.distance, b.distance) for a, b in zip(chosen[ours], chosen[rival], strict=False)]
-    wins = sum(a < b for a, b in pairs)
-    seeds = f"better in {wins} of {len(pairs)} seed{'s' * (len(pairs) > 1)}"
-    kind = "variant" if sweep.titles or rival == STEPWISE else "baseline"
-    text = (
-        f"Within a retain KL of {budget:g}, {sweep.title(ours)} is at {shown(ours)} {what}, the best {kind},"
-        f" {sweep.title(rival)}, at {shown(rival)} ({sweep.title(ours)} {seeds})."
-    )
-    worse = [m for m in order if means[m][0] < means[ours][0]]
-    if worse:
-        by = ", ".join(f"{sweep.title(m)} (by {means[ours][0] - means[m][0]:.2g})" for m in worse)
-        text += f" {sweep.title(ours)} loses to {by}."
+    text = f"Within a retain KL of {budget:g}, {sweep.title(order[0])} is best: {shown(order[0])} {what}."
+    rival = next((method for method in order if method not in OWN), None)
+    if rival is None:
+        return text
+    kind = "variant" if sweep.titles else "baseline"
+    against = f"the best {kind}, {sweep.title(rival)}" + (f" ({shown(rival)})" if rival != order[0] else "")
+    for method in (m for m in order if m in OWN):
+        lead = means[rival][0] - means[method][0]
+        pairs = [(a.distance, b.distance) for a, b in zip(chosen[method], chosen[rival], strict=False)]
+        wins = f"better in {sum(a < b for a, b in pairs)} of {len(pairs)} seed{'s' * (len(pairs) > 1)}"
+        name = sweep.title(method) + (f" ({shown(method)})" if method != order[0] else "")
+        text += f" {name} is {abs(lead):.2g} {'ahead of' if lead > 0 else 'behind'} {against}: {wins}."
     return text
 
 

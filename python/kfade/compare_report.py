@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .compare import OURS, Point, Sweep, at_equal_kl, our_seconds, points_csv, spread, verdict
+from .compare import OURS, OWN, Point, Sweep, at_equal_kl, our_best, our_seconds, points_csv, ranked, spread, verdict
 from .report import BLUE, GREEN, GREY, ORANGE, html_cells, html_figure, html_page, html_table, number_text, svg_of
 from .storage import write_text
 
-# K-FADE is blue and thick, whatever else there is; then Okabe and Ito's other colours, and more by line style.
+# K-FADE is blue and thick, in many steps dark blue; then Okabe and Ito's other colours, and more by line style.
 _COLOURS = (ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#7b3f9e", "#8c6d31", "#000000", GREY)
 _DASHES = ("-", "--", ":")
 _WIDTH, _HEIGHT = 7.6, 5.0
@@ -24,16 +24,16 @@ _SHARED = "Thin lines are single seeds, thick ones their mean."
 
 
 def _look(sweep: Sweep, method: str) -> dict[str, Any]:
-    if method == OURS:
-        return {"color": BLUE, "linewidth": 3.2, "zorder": 5}
-    number = [m for m in dict.fromkeys(run.method for run in sweep.runs) if m != OURS].index(method)
+    if method in OWN:
+        return {"color": BLUE if method == OURS else "#00304f", "linewidth": 3.2, "zorder": 5}
+    number = [m for m in dict.fromkeys(run.method for run in sweep.runs) if m not in OWN].index(method)
     dashes = _DASHES[number // len(_COLOURS) % len(_DASHES)]
     return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": dashes, "linewidth": 1.7}
 
 
 def _methods(sweep: Sweep) -> list[str]:
     """Labels, K-FADE last so that it lies on top."""
-    return sorted(dict.fromkeys(run.method for run in sweep.runs), key=lambda method: method == OURS)
+    return sorted(dict.fromkeys(run.method for run in sweep.runs), key=lambda method: method in OWN)
 
 
 def _value(sweep: Sweep, point: Point) -> float:
@@ -54,7 +54,7 @@ def _logarithmic(axes: Any, low: float, high: float) -> None:
 
 def _legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: labels[i] != "K-FADE")
+    order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("K-FADE"))
     axes.legend(
         [handles[i] for i in order], [labels[i] for i in order], loc="upper center", bbox_to_anchor=(0.5, -0.14),
         ncols=4, fontsize=9,
@@ -173,10 +173,8 @@ def _table_of(sweep: Sweep, budget: float) -> str:
     head += ["the same in K-FADE's time"] if timed else []
     head += ["chosen"]
     rows = []
-    for method in sorted(chosen, key=lambda m: spread([p.distance for p in chosen[m]] or [math.inf])[0]):
+    for method in ranked(chosen):
         points = chosen[method]
-        if not points:
-            continue
         forget = _pm([p.forget_nll for p in points])
         if spread([p.forget_nll for p in points])[0] > nll:
             forget += " (beyond the retrained)"
@@ -189,7 +187,7 @@ def _table_of(sweep: Sweep, budget: float) -> str:
         values += [_pm([_value(sweep, p) for p in timed[method]])] if timed else []
         picks = dict.fromkeys(f"{p.strength}, step {p.step}" for p in points)
         values.append("; ".join(picks))
-        strong = "strong" if method == OURS else "span"
+        strong = "strong" if method in OWN else "span"
         rows.append(
             f'<tr><th scope="row"><{strong}>{escape(sweep.title(method))}</{strong}></th>{html_cells(values)}</tr>'
         )
@@ -244,9 +242,10 @@ def _replies(sweep: Sweep) -> str:
         return ""
     budget = sorted(sweep.options.budgets)[len(sweep.options.budgets) // 2]
     chosen = at_equal_kl([p for p in sweep.points if p.seed == 0], budget)
-    best = sorted((points[0].distance, m) for m, points in chosen.items() if points and m != OURS)
+    shown = [our_best(chosen) or next((m for m in OWN if m in chosen), None)]
+    shown.append(next((m for m in ranked(chosen) if m not in OWN), None))
     columns = dict(sweep.replies)
-    for method in [OURS] * (OURS in chosen) + [m for _, m in best[:1]]:
+    for method in (m for m in shown if m):
         texts = sweep.detail(chosen[method][0], budget).get("replies") if chosen[method] else None
         columns[sweep.title(method)] = texts or ["(nothing was unlearned within this budget)"] * len(sweep.questions)
     head = ["question", *columns]

@@ -294,7 +294,7 @@ figcaption { font-weight:600; margin-bottom:4px; } figcaption span { display:blo
 table { border-collapse:collapse; width:100%; font-size:14.5px; font-variant-numeric:tabular-nums; }
 th, td { text-align:left; padding:7px 12px; border-bottom:1px solid var(--line); vertical-align:top; }
 thead th { color:var(--soft); font-weight:600; border-bottom:2px solid var(--line); white-space:nowrap; }
-td.n, th.n { text-align:right; white-space:nowrap; } tbody th { font-weight:600; }
+td.n, th.n { text-align:right; white-space:nowrap; } tbody th { font-weight:600; min-width:9em; }
 tr.group th { background:var(--wash); padding-top:9px; }
 .warn { border-left:4px solid var(--bad); background:#fdf3ec; padding:10px 16px; margin:16px 0;
   border-radius:0 6px 6px 0; }

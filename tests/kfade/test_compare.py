@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from kfade import UnlearnConfig, compare, compare_report
 from kfade.baselines import BaselineConfig
 from kfade.cli import app
-from kfade.compare import Point, Run, Sweep, Task, Yardstick, at_equal_kl, tries, verdict
+from kfade.compare import Point, Run, Sweep, Task, Yardstick, at_equal_kl, our_seconds, tries, verdict
 from kfade.config import CompareConfig
 from kfade.data import read_jsonl
 from kfade.evaluate import references, scores
@@ -74,16 +74,32 @@ def of(points: Sequence[Point], **changes: Any) -> Sweep:
     return replace(Sweep("made by hand", OPTIONS, runs, [target, target]), **changes)
 
 
-def test_the_sentence_says_who_wins_and_where_k_fade_loses() -> None:
+def test_the_sentences_say_who_wins_and_where_k_fade_is_behind() -> None:
     wins = of([point("kfade", 0, 0.01, 1.0), point("kfade", 1, 0.01, 2.0), point("npo", 0, 0.01, 3.0),
                point("npo", 1, 0.01, 1.9), point("wga", 0, 0.01, 7.0), point("wga", 1, 0.01, 7.0)])  # fmt: skip
-    text = verdict(wins, 0.01)
-    assert "K-FADE is at 1.5 ± 0.71" in text
-    assert "the best baseline, NPO, at 2.45 ± 0.78 (K-FADE better in 1 of 2 seeds)" in text
-    assert "loses" not in text
-    loses = of([point("kfade", 0, 0.01, 4.0), point("npo", 0, 0.01, 3.0), point("wga", 0, 0.01, 1.5)])
-    assert verdict(loses, 0.01).endswith("K-FADE loses to WGA (by 2.5), NPO (by 1).")
-    assert "loses to WGA" in verdict(of([no_target(r.points[1]) for r in loses.runs], retrained=[]), 0.01)
+    assert verdict(wins, 0.01) == (
+        "Within a retain KL of 0.01, K-FADE, one step is best: 1.5 ± 0.71 nats a token from the retrained model."
+        " K-FADE, one step is 0.95 ahead of the best baseline, NPO (2.45 ± 0.78): better in 1 of 2 seeds."
+    )
+    loses = of([point("kfade", 0, 0.01, 4.0), point("kfade_stepwise", 0, 0.01, 2.0), point("npo", 0, 0.01, 3.0),
+                point("wga", 0, 0.01, 1.5)])  # fmt: skip
+    assert verdict(loses, 0.01) == (
+        "Within a retain KL of 0.01, WGA is best: 1.5 nats a token from the retrained model."
+        " K-FADE, many steps (2) is 0.5 behind the best baseline, WGA: better in 0 of 1 seed."
+        " K-FADE, one step (4) is 2.5 behind the best baseline, WGA: better in 0 of 1 seed."
+    )
+    no_aim = verdict(of([no_target(r.points[1]) for r in loses.runs], retrained=[]), 0.01)
+    assert "is best: " in no_aim and "nats a token of forget NLL" in no_aim
+    variants = of([point("kfade", 0, 0.01, 1.0), point("10 steps", 0, 0.01, 2.0)], titles={"kfade": "K-FADE"})
+    assert "K-FADE is 1 ahead of the best variant, 10 steps (2): better in 1 of 1 seed." in verdict(variants, 0.01)
+
+
+def test_equal_time_is_that_of_the_better_k_fade() -> None:
+    points = [point("kfade", 0, 0.01, 4.0, seconds=9), point("kfade_stepwise", 0, 0.01, 2.0, seconds=3),
+              point("npo", 0, 0.01, 1.0, seconds=1)]  # fmt: skip
+    assert our_seconds(at_equal_kl(points, 0.02)) == 3
+    assert our_seconds(at_equal_kl(points[:1], 0.02)) == 9
+    assert our_seconds(at_equal_kl(points[2:], 0.02)) == math.inf
 
 
 # ---- what is run
