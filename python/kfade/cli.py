@@ -278,6 +278,15 @@ _CheckpointSeconds = Annotated[
         rich_help_panel=_CURVATURE,
     ),
 ]
+_TokensPerDimension = Annotated[
+    float,
+    typer.Option(
+        "--tokens-per-dimension",
+        min=0,
+        help="Fit on retain batches of about so many tokens for each dimension of the largest factor; 0 on all.",
+        rich_help_panel=_CURVATURE,
+    ),
+]
 
 _STEP = "Unlearning"
 _Damping = Annotated[float, typer.Option("--damping", help="λ of the solve (F + λI)⁻¹.", rich_help_panel=_CURVATURE)]
@@ -364,7 +373,8 @@ def _unlearn_options(options: Mapping[str, Any]) -> UnlearnConfig:
     values = {f.name: options[f.name] for f in fields(UnlearnConfig) if f.name != "fit"}
     if values["step_size"] is None and values["kl_budget"] is None:
         values["kl_budget"] = _UNLEARN.kl_budget
-    values["batches_per_step"] = values["batches_per_step"] or None
+    for name in ("batches_per_step", "tokens_per_dimension"):
+        values[name] = values[name] or None
     return unlearn_config({**values, "fit": _fit_options(options)})
 
 
@@ -394,7 +404,9 @@ def _effective(
     """The options in force, as `--config` reads them."""
     options = {key: value for key, value in ctx.params.items() if key not in _NOT_KEPT}
     for config in configs:
-        options.update({f.name: getattr(config, f.name) for f in fields(config) if f.name in options})
+        found = {f.name: getattr(config, f.name) for f in fields(config) if f.name in options}
+        # None has no spelling in a file: an option that says it as 0 keeps its 0.
+        options.update({name: value for name, value in found.items() if value is not None})
     return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
 
 
@@ -734,6 +746,7 @@ def unlearn(
     decomposition: _Decomposition = _UNLEARN.fit.decomposition,
     basis_share: _BasisShare = _UNLEARN.fit.basis_share,
     checkpoint_seconds: _CheckpointSeconds = _UNLEARN.fit.checkpoint_seconds,
+    tokens_per_dimension: _TokensPerDimension = _UNLEARN.tokens_per_dimension or 0.0,
     damping: _Damping = _UNLEARN.damping,
     damping_kind: _DampingKind = _UNLEARN.damping_kind,
     steps: _Steps = _UNLEARN.steps,

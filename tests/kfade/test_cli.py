@@ -113,7 +113,7 @@ def quick(home: Path, out: Path) -> list[object]:
 def run(home: Path) -> tuple[Path, dict[str, Any]]:
     """One unlearning with --json and --save-model."""
     out = home / "run"
-    result = done(*quick(home, out), "--save-model", "--json", "--damping", 0.2)
+    result = done(*quick(home, out), "--save-model", "--json", "--damping", 0.2, "--tokens-per-dimension", 0)
     values = json.loads(result.stdout)
     assert len(result.stdout.splitlines()) == 1
     assert "step 1: forget NLL" in result.stderr
@@ -161,6 +161,7 @@ def test_config_file_repeats_the_run(home: Path, run: tuple[Path, dict[str, Any]
     first, second = (yaml.safe_load((p / "config.yaml").read_text()) for p in (out, tmp_path / "again"))
     assert first["out"] != second["out"]
     assert {**first, "out": ""} == {**second, "out": ""}
+    assert first["tokens_per_dimension"] == 0
     assert first["save_model"] is True and first["retain_weight"] == 0.0 and first["chat"] is None
     a, b = (kfade.Update.load(p).tensors for p in (out, tmp_path / "again"))
     assert all(torch.equal(a[name], b[name]) for name in a)
