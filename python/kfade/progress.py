@@ -72,6 +72,10 @@ def return_freed_memory() -> None:
         library.malloc_trim(0)
 
 
+def seconds_text(value: float) -> str:
+    return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {int(value % 60)} s"
+
+
 def _per_second(rate: float, unit: str) -> str:
     # Questions and answers take a second each, tokens do not.
     return f"{rate:,.0f} {unit}s/s" if rate >= 10 else f"{rate:.2g} {unit}s/s"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import Evaluation, Generation
-from .progress import StageCost
+from .progress import StageCost, seconds_text
 from .storage import write_text
 from .unlearn import Outcome, Step, UnlearnReport
 
@@ -116,10 +116,6 @@ def _percent(value: float | None) -> str:
 
 def _short_percent(value: float | None) -> str:
     return _percent(value).replace(".0 %", " %")
-
-
-def seconds_text(value: float) -> str:
-    return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {int(value % 60)} s"
 
 
 def _memory(value: float) -> str:

@@ -60,7 +60,8 @@ def fit(
     from ..data import make_batches
     from ..fit import fit as fit_curvature
     from ..models import check_model, load_model
-    from ..plan import beside_table, plan_run
+    from ..plan import plan_run
+    from ..plan.text import beside_table
     from ..resume import check_store
     from ..storage import MANIFEST
 
@@ -152,7 +153,7 @@ def plan(
 ) -> None:
     """Say what a fit will take, before anything runs: FLOPs, bytes, time and memory of each stage, and its passes."""
     from ..plan import plan as plan_of
-    from ..plan import tables
+    from ..plan.text import tables
 
     options = FitConfig(
         curvature=curvature, fisher=fisher, modules=modules, samples=samples, layers_per_pass=layers_per_pass,

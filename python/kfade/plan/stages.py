@@ -1,0 +1,460 @@
+"""The arithmetic of a plan: FLOPs, bytes and seconds of each stage of a fit, and its memory, from widths of layers.
+
+FLOPs count a multiplication and an addition as two. Symbols: N rows of all batches, B sequences of T tokens a batch, n
+the order of a factor (a layer's width, one more for a bias), s the bytes of an element of the state (4, or 8 for a
+float64 model).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from kfade_kernels import cost
+from kfade_kernels.configurations import Configuration
+from kfade_kernels.eigenvalue_correction.pytorch import TILE_ELEMENTS
+from kfade_kernels.packed import PANEL_ROWS, packed_elements
+from kfade_kernels.precision import multiplies_bf16
+from kfade_kernels.rotation import rotates_tokens
+from kfade_kernels.sampled_cross_entropy.pytorch import rows_per_chunk
+from kfade_kernels.syrk.pytorch import CHUNK_ROWS, GPU_PANELS
+
+from ..config import FitConfig
+from ..decomposition import ALONE
+from ..factors import OVERSAMPLING, WAITING_BYTES
+from ..layers import Layer
+from ..loss import Batch
+from ..rates import Rates
+from ..simulation import Footprint
+from .result import MemoryPlan, StagePlan
+
+# Dense matrices of a factor's size that its `eigh` needs at once: the factor, the eigenvectors, LAPACK's 2·n² numbers.
+EIGH_MATRICES = 4
+MACHINE = 8  # devices of one machine
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The data of a fit.
+
+    Attributes:
+        tokens: that are not padding.
+        sequences: of all batches.
+        batches: how many.
+        size, length: sequences, and tokens a sequence, of the largest batch.
+        padded: whether any token is padding.
+    """
+
+    tokens: int
+    sequences: int
+    batches: int
+    size: int
+    length: int
+    padded: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of the largest batch."""
+        return self.size * self.length
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> Workload:
+        """Of checked batches."""
+        size, length = max((b.input_ids.shape for b in batches), key=math.prod)
+        return cls(
+            sum(b.tokens for b in batches), sum(len(b.input_ids) for b in batches), len(batches), size, length,
+            any(b.padded for b in batches),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Side:
+    """One factor of a layer: what it takes to keep, fill and decompose, as triangle or as sketch."""
+
+    order: int
+    rank: int | None
+    itemsize: int
+
+    @property
+    def thin(self) -> bool:
+        return self.rank is not None and self.rank < self.order
+
+    @property
+    def columns(self) -> int:
+        """Directions that are kept."""
+        assert self.rank is not None or not self.thin
+        return self.rank if self.thin and self.rank is not None else self.order
+
+    @property
+    def sketched(self) -> int:
+        return min(self.order, self.columns + OVERSAMPLING)
+
+    @property
+    def accumulator(self) -> int:
+        """Bytes: a packed triangle, or `Y [n, k + p]`."""
+        return self.itemsize * (self.order * self.sketched if self.thin else packed_elements(self.order))
+
+    @property
+    def kept(self) -> int:
+        """Bytes of it in a finished state: a sketch is freed."""
+        return 0 if self.thin else self.accumulator
+
+    @property
+    def eigenvectors(self) -> int:
+        return self.itemsize * self.order * self.columns
+
+    @property
+    def values(self) -> int:
+        """Rows, or columns, of Λ: the directions, and one for the tail."""
+        return self.columns + int(self.thin)
+
+    def fill_flops(self, rows: float) -> float:
+        """`N·n²` with symmetry, or `4·N·n·(k + p)`: `Y += xᵀ(xΩ)`."""
+        return 4.0 * rows * self.order * self.sketched if self.thin else rows * float(self.order) ** 2
+
+    def decompose_flops(self) -> float:
+        """The floor of `eigh`, `10/3·n³`; or Nyström: two orthogonalisations, `8·n·(k + p)²`, and one small `eigh`."""
+        if not self.thin:
+            return cost.eigh(self.order, torch.float32).flops
+        return 8.0 * self.order * self.sketched**2 + cost.eigh(self.sketched, torch.float32).flops
+
+    def decompose_seconds(self, rates: Rates, dtype: torch.dtype) -> float:
+        if not self.thin:
+            return rates.eigh(self.order, dtype)
+        return 8.0 * self.order * self.sketched**2 / rates.products(dtype) + rates.eigh(self.sketched, dtype)
+
+    @property
+    def decompose_bytes(self) -> int:
+        """Workspace: the dense matrices of `eigh`, or three copies of the sketch."""
+        if self.thin:
+            return 3 * self.itemsize * self.order * self.sketched
+        return EIGH_MATRICES * self.itemsize * self.order**2
+
+
+class Model:
+    """Sizes of the fit of one model: all that a plan computes from."""
+
+    def __init__(
+        self, layers: Sequence[Layer], foot: Footprint, config: FitConfig, load: Workload, rates: Rates,
+        dtype: torch.dtype, weights: int, vocabulary: int, devices: int, blocks: int, stored: bool,
+    ) -> None:  # fmt: skip
+        self.layers, self.foot, self.config, self.load, self.rates = layers, foot, config, load, rates
+        self.dtype, self.devices, self.vocabulary, self.stored = dtype, devices, vocabulary, stored
+        self.compute = dtype if config.autocast == "off" else getattr(torch, config.autocast)
+        self.state = torch.float64 if dtype == torch.float64 else torch.float32
+        self.itemsize = self.state.itemsize
+        self.input = {x.name: Side(x.width_in, config.rank, self.itemsize) for x in layers if x.leads}
+        self.output = {x.name: Side(x.d_out, config.rank, self.itemsize) for x in layers}
+        # Of the data, what each stage that sees data goes through.
+        self.factor_share = config.basis_share or 1.0
+        self.correction_share = 1.0 - (config.basis_share or 0.0)
+        self.has_factors = config.curvature in ("kfac", "ekfac")
+        self.decomposes = self.has_factors and config.decomposition == "eigh"
+        self.has_correction = config.curvature in ("diagonal", "ekfac")
+        self.on_cpu = rates.kind == "cpu"
+        self.sharded = devices > 1 and weights > rates.memory / 4
+        gathered = 2.0 * weights / blocks if self.sharded and blocks else 0.0
+        copies = foot.rows[1] * vocabulary * self.compute.itemsize if self._copies_projection() else 0
+        self.whole_weights = float(weights)
+        self.weights = (weights / devices if self.sharded else weights) + gathered + copies
+
+    def _copies_projection(self) -> bool:
+        return self.foot.projects and self.compute != self.dtype
+
+    # ---- bytes
+
+    def accumulators(self, part: Sequence[Layer]) -> float:
+        if not self.has_factors:
+            return 0.0
+        return float(sum(self.output[x.name].accumulator + self._leading(x, "accumulator") for x in part))
+
+    def eigenvectors(self, part: Sequence[Layer]) -> float:
+        if not self.decomposes:
+            return 0.0
+        return float(sum(self.output[x.name].eigenvectors + self._leading(x, "eigenvectors") for x in part))
+
+    def eigenvalues(self, part: Sequence[Layer]) -> float:
+        if not self.has_correction:
+            return 0.0
+        if not self.has_factors:
+            return float(sum(self.itemsize * x.d_out * x.width_in for x in part))
+        return float(sum(self.itemsize * self.output[x.name].values * self.input[x.group].values for x in part))
+
+    def _leading(self, layer: Layer, what: str) -> int:
+        return int(getattr(self.input[layer.name], what)) if layer.leads else 0
+
+    def state_bytes(self, part: Sequence[Layer]) -> float:
+        """What a finished layer keeps."""
+        kept = sum(self.output[x.name].kept + self._leading(x, "kept") for x in part) if self.has_factors else 0
+        return kept + self.eigenvectors(part) + self.eigenvalues(part)
+
+    def _loss_bytes(self) -> float:
+        """Blocks of logits: as they come, as probabilities, and in 16 bit for the product back; and the gradient."""
+        rows, width = self.foot.rows
+        words = self.vocabulary if self.foot.projects else width
+        block = min(rows, rows_per_chunk(words, 0, torch.device(self.rates.kind))) * words
+        item = self.compute.itemsize
+        wide = max(4, item)
+        logits = block * (wide + (item if self.foot.projects else 0) + (item if item == 2 else 0))
+        noise = 0 if self.on_cpu else 6 * 8 * block
+        return float(logits + noise + 2 * rows * width * item)
+
+    def _factor_bytes(self, layer: Layer) -> float:
+        """Of adding the pairs of one layer: kept rows where some are padding, 16-bit rows made wider, GPU blocks."""
+        rows, item = self.load.rows, self.compute.itemsize
+        widths = layer.d_out + (layer.d_in if layer.leads else 0)
+        sketched = max(self.output[layer.name].sketched, self.input[layer.group].sketched)
+        thin = self.output[layer.name].thin or self.input[layer.group].thin
+        skinny = self.itemsize * (rows + max(layer.d_out, layer.width_in)) * sketched if thin else 0
+        if not self.on_cpu:
+            blocks = GPU_PANELS * PANEL_ROWS * max(layer.d_out, layer.width_in) * 4
+            waiting = sum(x.d_out + (x.d_in if x.leads else 0) for x in self.layers) * rows * item
+            return float(min(waiting, WAITING_BYTES + rows * widths * item) + max(blocks, skinny))
+        copied = widths * rows * item if self.load.padded else 0
+        cast = rows * layer.d_in * item if layer.leads and self.compute != self.dtype else 0
+        upcast = min(rows, CHUNK_ROWS) * max(layer.d_in, layer.d_out) * self.itemsize if item == 2 else 0
+        return float(copied + cast + max(upcast, skinny))
+
+    def _correction_bytes(self, layer: Layer, group_out: int) -> float:
+        """Of adding the pairs of one layer to Λ."""
+        rows, item, s = self.load.rows, self.compute.itemsize, self.itemsize
+        d_out, width = layer.d_out, layer.width_in
+        total = (d_out + layer.d_in) * rows * item if self.load.padded else 0
+        total += rows * layer.d_in * item if self.compute != self.dtype else 0
+        if not self.has_factors:
+            return float(total + (rows * (d_out + layer.d_in) * s if item != s else 0) + self._tile(d_out, width))
+        out, into = self.output[layer.name], self.input[layer.group]
+        if out.thin or into.thin:
+            return float(total + s * rows * (out.columns + into.columns) + 2 * s * out.columns * into.columns)
+        paired = item == 2 and multiplies_bf16(self.rates.kind)
+        rotated = item if paired else s
+        by_tokens = rotates_tokens(self.load.length, group_out), rotates_tokens(self.load.length, width)
+        total += rows * width * rotated if by_tokens[0] or rotates_tokens(self.load.length, d_out) else 0
+        total += rows * d_out * rotated if by_tokens[1] else 0
+        if item == 2:  # a pair is laid end to end, or added up to float32 again where 16 bit is slow
+            total += 2 * rows * max(d_out, width) * item if paired else 12 * max(d_out, width) ** 2
+        if all(by_tokens):
+            total += self._tile(d_out, width)
+            return float(total + (rows * (d_out + width) * s if rotated != s and self.on_cpu else 0))
+        return float(total + (rows * (d_out + width) * s if rotated != s else 0) + 2 * s * d_out * width)
+
+    def _tile(self, d_out: int, width: int) -> int:
+        return self.itemsize * min(d_out, max(1, TILE_ELEMENTS // width)) * width
+
+    def _activations(self, part: Sequence[Layer]) -> tuple[float, float, dict[str, float]]:
+        """Bytes alive when the loss is computed, at the peak, and when each layer's gradient arrives, in a pass."""
+        foot = self.foot
+        held = sum(foot.held.values())
+        inside = {x.group for x in part}
+        # Inputs that the model's own graph keeps as well are not held twice.
+        share = (foot.held_peak - foot.bare_peak) / held if held else 0.0
+        outside = {group: share * size for group, size in foot.held.items() if group not in inside}
+        others = sum(outside.values())
+        order = {x.name: i for i, x in enumerate(self.layers)}
+        alive = {
+            x.name: foot.alive[x.name] - sum(v for g, v in outside.items() if order[g] <= order[x.name]) for x in part
+        }
+        return foot.held_after_forward - others, foot.held_peak - others, alive
+
+    def memory(self, passes: Sequence[Sequence[Layer]]) -> list[MemoryPlan]:
+        """The peak of each stage, in the pass where it is highest."""
+        found: dict[str, MemoryPlan] = {}
+        finished = 0.0
+        for part in passes:
+            for plan in self._pass_memory(part, finished):
+                if plan.stage not in found or plan.total > found[plan.stage].total:
+                    found[plan.stage] = plan
+            finished += 0.0 if self.stored else self.state_bytes(part)
+        return list(found.values())
+
+    def _pass_memory(self, part: Sequence[Layer], finished: float) -> list[MemoryPlan]:
+        base = (self.rates.process, self.weights, finished)
+        after, peak, alive = self._activations(part)
+        outputs = {g: sum(x.d_out for x in part if x.group == g) for g in {x.group for x in part}}
+        plans = []
+        sums, vectors = self.accumulators(part), self.eigenvectors(part)
+        if self.has_factors:
+            inside = {x.name: self._factor_bytes(x) for x in part}
+            live, work = self._data_peak(after, peak, alive, inside)
+            plans.append(MemoryPlan("factors A, S", *base, sums, 0.0, 0.0, live, work))
+            if self.decomposes:
+                plans.append(self._decomposition(part, base))
+        if self.has_correction:
+            inside = {x.name: self._correction_bytes(x, outputs[x.group]) for x in part}
+            live, work = self._data_peak(after, peak, alive, inside)
+            pairs = vectors if self.compute == torch.bfloat16 and self.itemsize == 4 else 0.0
+            kept = 0.0 if self.stored else sums
+            plans.append(MemoryPlan("eigenvalues Λ", *base, kept, vectors + pairs, self.eigenvalues(part), live, work))
+        return plans
+
+    def _data_peak(
+        self, after: float, peak: float, alive: Mapping[str, float], inside: Mapping[str, float]
+    ) -> tuple[float, float]:
+        """Activations and workspace where their sum is highest: in the loss, in the model, or in a layer."""
+        moments = [(after, self._loss_bytes()), (peak, 0.0), *((alive[name], inside[name]) for name in inside)]
+        return max(moments, key=sum)
+
+    def _decomposition(self, part: Sequence[Layer], base: tuple[float, float, float]) -> MemoryPlan:
+        """Walks the factors as `decomposition.run` does: the largest first, some at once; eigenvectors add up."""
+        sums, vectors = self.accumulators(part), 0.0
+        sides = [side for x in part for side in ([self.input[x.name]] if x.leads else []) + [self.output[x.name]]]
+        sides.sort(key=lambda side: -side.decompose_flops())
+        best: MemoryPlan | None = None
+        for i, side in enumerate(sides):
+            at_once = 1 if side.order >= ALONE else self.rates.threads
+            work = float(sum(s.decompose_bytes for s in sides[i : i + at_once]))
+            moment = MemoryPlan("eigendecomposition", *base, sums, vectors, 0.0, 0.0, work)
+            if best is None or moment.total > best.total:
+                best = moment
+            vectors += side.eigenvectors
+        assert best is not None
+        return best
+
+    # ---- work
+
+    def _seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
+        return max(flops / self.rates.products(dtype), moved / self.rates.bandwidth)
+
+    def _sending(self, size: float) -> float:
+        """Seconds in which each device sends its share of `size` bytes to the others."""
+        if self.devices == 1:
+            return 0.0
+        rate = self.rates.link if self.devices <= MACHINE else self.rates.network
+        return size * (self.devices - 1) / self.devices / rate
+
+    def stages(self, passes: Sequence[Sequence[Layer]]) -> list[StagePlan]:
+        """Work of all passes, on one device."""
+        share = self.factor_share * self.has_factors + self.correction_share * self.has_correction
+        runs = round(len(passes) * share)
+        found = []
+        if runs:
+            found.append(self._model_stage(runs))
+        if self.has_factors:
+            found.append(self._factor_stage(len(passes)))
+        if self.decomposes:
+            found.append(self._decomposition_stage(len(passes)))
+        if self.has_correction:
+            found.append(self._correction_stage(len(passes)))
+        if self.devices > 1 and runs:
+            sent = self.accumulators(self.layers) + (
+                self.eigenvectors(self.layers) + self.eigenvalues(self.layers) if self.has_correction else 0.0
+            )
+            found.append(StagePlan("reduction", len(passes), 0.0, 2 * sent, self._sending(sent), sent_bytes=sent))
+        size = self.state_bytes(self.layers)
+        machines = -(-self.devices // MACHINE)
+        found.append(StagePlan("saving", 1, 0.0, size, size / self.rates.disk / machines, size))
+        found.append(self._solve_stage())
+        return found
+
+    @property
+    def _share(self) -> float:
+        """Batches of the largest shape that one device runs."""
+        return self.load.sequences / self.load.size / self.devices
+
+    def _model_stage(self, runs: int) -> StagePlan:
+        foot, samples = self.foot, self.config.samples
+        rows, width = foot.rows
+        loss = 4.0 * rows * width * self.vocabulary if foot.projects else 0.0
+        flops = foot.forward_flops + samples * (foot.backward_flops + loss)
+        moved = foot.forward_bytes + samples * foot.backward_bytes
+        weights = 2.0 * self.whole_weights / (self.devices if self.sharded else 1)
+        # What is not a product streams through memory after it; weights that are sharded come meanwhile.
+        seconds = flops / self.rates.products(self.compute) + moved / self.rates.bandwidth
+        sent = 2.0 * self.whole_weights if self.sharded else 0.0
+        seconds = max(seconds, self._sending(sent))
+        times = runs * self._share
+        return StagePlan(
+            "forward and backward", runs, times * flops, times * (moved + weights), times * seconds,
+            sent_bytes=times * sent,
+        )  # fmt: skip
+
+    def _factor_stage(self, runs: int) -> StagePlan:
+        load, samples = self.load, self.config.samples
+        tokens, share = self.factor_share * load.tokens / self.devices, self.factor_share * self._share
+        item = self.compute.itemsize
+        flops = moved = seconds = 0.0
+        for sides, times in ((self.input, 1), (self.output, samples)):
+            for side in sides.values():
+                f = times * side.fill_flops(tokens)
+                m = times * (tokens * side.order * item + 2.0 * side.accumulator * share)
+                flops, moved, seconds = flops + f, moved + m, seconds + self._seconds(f, m, self.compute)
+        return StagePlan("factors", runs, flops, moved, seconds)
+
+    def _decomposition_stage(self, runs: int) -> StagePlan:
+        sides = [*self.input.values(), *self.output.values()]
+        flops = sum(side.decompose_flops() for side in sides)
+        moved = sum(cost.eigh(s.sketched if s.thin else s.order, self.state).bytes for s in sides)
+        times = sorted((side.decompose_seconds(self.rates, self.state) for side in sides), reverse=True)
+        # Longest first, each to the device, or thread, that is free first.
+        busy = [0.0] * (self.devices * self.rates.threads)
+        for time in times:
+            i = busy.index(min(busy))
+            busy[i] += time
+        return StagePlan("decomposition", runs, flops / self.devices, moved / self.devices, max(busy))
+
+    def _correction_stage(self, runs: int) -> StagePlan:
+        times = self.correction_share * self._share * self.config.samples
+        parts = [part for x in self.layers for part in self._correction_parts(x)]
+        flops = sum(part.flops for part in parts)
+        moved = sum(part.bytes for part in parts)
+        seconds = sum(
+            self._seconds(part.flops * (2 if part.precision == cost.PAIR else 1), part.bytes, self._dtype(part))
+            for part in parts
+        )
+        return StagePlan("correction", runs, times * flops, times * moved, times * seconds)
+
+    def _dtype(self, part: cost.Part) -> torch.dtype:
+        return self.compute if part.precision in (cost.PAIR, cost.SIXTEEN_BIT) else self.state
+
+    def _correction_parts(self, layer: Layer) -> list[cost.Part]:
+        """For one batch."""
+        load, compute = self.load, self.compute
+        size, length, rows = load.size, load.length, load.rows
+        if not self.has_factors:
+            found = cost.eigenvalue_correction(
+                size, length, layer.d_out, layer.width_in, compute, Configuration(128, 128, 64), rotated=True
+            )
+            return list(found.parts)
+        out, into = self.output[layer.name], self.input[layer.group]
+        if not (out.thin or into.thin):
+            found = cost.eigenvalue_correction(
+                size, length, layer.d_out, layer.width_in, compute, Configuration(128, 128, 64)
+            )
+            # An input that several layers share is rotated once.
+            return [part for part in found.parts if layer.leads or part.name != "rotate input tokens"]
+        k_out, k_in, s = out.columns, into.columns, self.itemsize
+        precision = cost.PAIR if compute == torch.bfloat16 else cost.precision_of(compute, Configuration(128, 128, 64))
+        flops = 2.0 * rows * out.order * k_out + (2.0 * rows * into.order * k_in if layer.leads else 0.0)
+        turned = float(rows * (out.order + into.order) * compute.itemsize + s * (out.order * k_out + into.order * k_in))
+        # Norms of the tails, from Gram matrices of the tokens of a sequence or from the rotated gradient.
+        tails = min(
+            2.0 * rows * length * (out.order + into.order + k_out + k_in),
+            2.0 * rows * (k_out * into.order + k_in * out.order),
+        )
+        inner = 2.0 * rows * k_out * k_in
+        return [
+            cost.Part("rotate tokens", flops, flops, turned, precision),
+            cost.Part("products and squares", inner, inner, 2.0 * self.eigenvalues([layer]), precision),
+            cost.Part("norms of the tails", tails, tails, turned, precision),
+        ]
+
+    def _solve_stage(self) -> StagePlan:
+        """One gradient of each layer, in float32: rotate in and back; a tail is one scalar."""
+        flops = moved = 0.0
+        for x in self.layers:
+            k_out, k_in = x.d_out, x.width_in
+            if self.has_factors:
+                k_out, k_in = self.output[x.name].columns, self.input[x.group].columns
+                flops += 4.0 * x.d_out * x.width_in * (k_out + k_in)
+                # Without eigenvectors as much for the triangular solves, after the factorisations.
+                flops += 0.0 if self.decomposes else (k_out**3 + k_in**3) / 3
+                moved += self.itemsize * (x.d_out * k_out + x.width_in * k_in)
+            moved += self.itemsize * (2.0 * x.d_out * x.width_in + k_out * k_in)
+        flops, moved = flops / self.devices, moved / self.devices
+        return StagePlan("solve", 1, flops, moved, self._seconds(flops, moved, self.state))
+
+
+def highest(model: Model, memory: Sequence[MemoryPlan]) -> float:
+    return max((m.total for m in memory), default=model.rates.process + model.weights)
