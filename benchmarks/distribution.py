@@ -23,9 +23,9 @@ from records import append
 
 import kfade
 from kfade.distributed import owners_of
-from kfade.fit import check_batches, trace
+from kfade.fit import trace
 from kfade.layers import select
-from kfade.loss import Head
+from kfade.loss import Head, check_batches
 from kfade.models import demo_model, load_model
 
 STAGES = {"factors A, S": "factors", "eigendecomposition": "decomposition", "eigenvalues Λ": "correction"}

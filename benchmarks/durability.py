@@ -28,7 +28,7 @@ from kfade.data import Record, make_batches
 from kfade.demo import CONFIG, FIT_BATCH, load_data
 from kfade.durability import Probe, RelearnPoint, draw_relearning, quantised, relearn
 from kfade.evaluate import generations, references, share_found
-from kfade.fit import check_batches
+from kfade.loss import check_batches
 from kfade.models import demo_model, load_model
 from kfade.unlearn import as_batches, split_holdout
 

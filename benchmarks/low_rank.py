@@ -34,9 +34,9 @@ from kfade.data import make_batches
 from kfade.demo import FIT_BATCH, load_data
 from kfade.evaluate import references, scores
 from kfade.factors import OVERSAMPLING, FactorCollector
-from kfade.fit import check_batches, collect_factors, decompose_states, loss_count, new_states, run_fisher
+from kfade.fit import collect_factors, decompose_states, loss_count, new_states, run_fisher
 from kfade.layers import Layer, select
-from kfade.loss import Batch, Head
+from kfade.loss import Batch, Head, check_batches
 from kfade.models import demo_model, load_model
 from kfade.unlearn import as_batches, split_holdout
 

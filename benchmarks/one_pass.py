@@ -27,8 +27,8 @@ import kfade
 from kfade.data import make_batches
 from kfade.demo import FIT_BATCH, load_data
 from kfade.evaluate import scores
-from kfade.fit import check_batches
 from kfade.layers import select
+from kfade.loss import check_batches
 from kfade.models import demo_model, load_model
 from kfade.plan import plan_fit
 

@@ -27,9 +27,9 @@ from transformers.optimization import get_scheduler
 
 from .capture import deterministic_mode, graph_from_embeddings, trained
 from .config import _integer, _number, _one_of
-from .fit import check_batches, device_of, model_id
 from .layers import output_head, select
-from .loss import IGNORE_INDEX, Batch, Head, autocast, check_targets
+from .loss import IGNORE_INDEX, Batch, Head, autocast, check_batches, check_targets
+from .models import device_of, model_id
 from .progress import Progress, Stage, StageCost
 from .unlearn import cycled
 from .update import Update

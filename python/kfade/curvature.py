@@ -25,10 +25,10 @@ import torch
 from kfade_kernels import PackedSymmetric, kron_solve, low_rank
 from kfade_kernels.cholesky import factored_solve
 from kfade_kernels.precision import float32_products
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import DAMPINGS, FitConfig
-from .layers import WeightAndBias
+from .layers import Layer, WeightAndBias, select
 
 # Elements of the gradients that are solved for in one call: it holds three buffers of that size.
 SOLVED_TOGETHER = 1 << 28
@@ -355,7 +355,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         save_curvature(self, Path(directory))
 
     @classmethod
-    def load(cls, directory: str | Path, model: torch.nn.Module | None = None) -> Curvature:
+    def load(cls, directory: str | Path, model: nn.Module | None = None) -> Curvature:
         """Read a saved curvature; with `model`, refuse one whose layers do not fit it.
 
         Raises:
@@ -364,3 +364,17 @@ class Curvature(Mapping[str, LayerCurvature]):
         from .storage import load_curvature
 
         return load_curvature(Path(directory), model)
+
+
+def fitted_layers(model: nn.Module, curvature: Curvature) -> list[Layer]:
+    """The layers of the curvature in this model; ValueError where they differ."""
+    layers = select(model, curvature.config.modules)
+    ours = {x.name: (x.d_out, x.d_in, x.has_bias, x.transposed) for x in layers}
+    fitted = {n: (s.d_out, s.d_in, s.has_bias, s.transposed) for n, s in curvature.items()}
+    wrong = sorted(name for name in ours.keys() | fitted.keys() if ours.get(name) != fitted.get(name))
+    if wrong:
+        raise ValueError(
+            f"curvature does not fit the model: {', '.join(wrong[:4])} {'differ' if len(wrong) > 1 else 'differs'}"
+            " between them; it must have been fitted on a model with the same layers"
+        )
+    return layers

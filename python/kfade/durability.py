@@ -24,8 +24,9 @@ from .baselines import TrainConfig, finetune, trained_parameters
 from .config import ReapplyConfig, _integer
 from .errors import NonFiniteError
 from .evaluate import References, references, scores
-from .fit import check_batches, device_of
 from .layers import select
+from .loss import check_batches
+from .models import device_of
 from .progress import Progress
 from .unlearn import as_batches, search_step_size
 from .update import Update

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .capture import deterministic_mode
 from .data import Record, make_batches, pad_id, prompt_text, uses_chat
-from .fit import check_batches, device_of
-from .loss import Batch, Head, require_finite
+from .loss import Batch, Head, check_batches, require_finite
+from .models import device_of
 
 
 @dataclass(frozen=True)

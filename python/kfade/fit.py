@@ -32,56 +32,13 @@ from .distributed import (
 )
 from .factors import FactorCollector
 from .layers import Layer, in_passes, select
-from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batch, idle_batch
+from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batches, idle_batch
+from .models import device_of, model_id, state_dtype
 from .plan import plan_fit
 from .progress import Progress, return_freed_memory
 from .resume import BASIS, CORRECTION, FACTORS, FitStore
 from .sharding import check_sharding, is_sharded, unwrapped
 from .storage import STAGES, shapes_of
-
-
-def check_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device, name: str = "batches") -> list[Batch]:
-    """All batches, checked before any work.
-
-    Raises:
-        ValueError: there is none, or no position of any carries loss.
-    """
-    checked = [check_batch(batch, index, device) for index, batch in enumerate(batches)]
-    if not checked:
-        raise ValueError(f"{name} is empty; it must hold at least one batch")
-    if not any(bool(batch.loss_mask.any()) for batch in checked):
-        raise ValueError(f"{name} has no loss position: every label is -100 (ignored) or belongs to padding")
-    return checked
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def state_dtype(model: nn.Module) -> torch.dtype:
-    """float64 for a float64 model, else float32: state is never 16-bit."""
-    wide = any(p.dtype == torch.float64 for p in model.parameters())
-    return torch.float64 if wide else torch.float32
-
-
-def model_id(model: nn.Module) -> str:
-    """The name a model was loaded by, or its class."""
-    config = getattr(model, "config", None)
-    return str(getattr(config, "_name_or_path", "") or type(model).__name__)
-
-
-def fitted_layers(model: nn.Module, curvature: Curvature) -> list[Layer]:
-    """The layers of the curvature in this model; ValueError where they differ."""
-    layers = select(model, curvature.config.modules)
-    ours = {x.name: (x.d_out, x.d_in, x.has_bias, x.transposed) for x in layers}
-    fitted = {n: (s.d_out, s.d_in, s.has_bias, s.transposed) for n, s in curvature.items()}
-    wrong = sorted(name for name in ours.keys() | fitted.keys() if ours.get(name) != fitted.get(name))
-    if wrong:
-        raise ValueError(
-            f"curvature does not fit the model: {', '.join(wrong[:4])} {'differ' if len(wrong) > 1 else 'differs'}"
-            " between them; it must have been fitted on a model with the same layers"
-        )
-    return layers
 
 
 class Collector(Protocol):

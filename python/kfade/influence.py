@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 from .capture import Pair, deterministic_mode, frozen, graph_from_embeddings, rows_of, trace
 from .config import InfluenceConfig, to_dict
-from .curvature import Curvature, LayerCurvature
+from .curvature import Curvature, LayerCurvature, fitted_layers
 from .errors import StorageError
-from .fit import check_batches, device_of, fitted_layers, model_id, run_fisher, state_dtype
+from .fit import run_fisher
 from .layers import Layer
-from .loss import Batch, FiniteCheck, Head, sequence_groups
+from .loss import Batch, FiniteCheck, Head, check_batches, sequence_groups
+from .models import device_of, model_id, state_dtype
 from .operators import CurvatureOperator
 from .progress import Progress, Stage
 from .storage import read_json, sha256, write_tensors, write_text

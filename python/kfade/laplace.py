@@ -33,11 +33,11 @@ from .capture import (
     rows_of,
     trace,
 )
-from .curvature import Curvature
-from .fit import check_batches, device_of, fitted_layers, model_id, state_dtype
+from .curvature import Curvature, fitted_layers
 from .layers import Layer, output_head
 from .linearise import linearised_rows
-from .loss import Batch, Head, check_targets, require_finite, sequence_groups
+from .loss import Batch, Head, check_batches, check_targets, require_finite, sequence_groups
+from .models import device_of, model_id, state_dtype
 from .operators import CurvatureOperator, checked_layers
 from .progress import Progress
 from .update import Update

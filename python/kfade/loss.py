@@ -10,7 +10,7 @@ its own) is noticed by comparison, and its logits are taken as the rows instead.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,6 +117,20 @@ def check_batch(batch: Mapping[str, Tensor], index: int, device: torch.device) -
     labels = batch.get("labels")
     labels = ids.masked_fill(~attention, IGNORE_INDEX) if labels is None else labels
     return Batch(index, ids.to(device), attention.to(device), labels.to(device))
+
+
+def check_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device, name: str = "batches") -> list[Batch]:
+    """All batches, checked before any work.
+
+    Raises:
+        ValueError: there is none, or no position of any carries loss.
+    """
+    checked = [check_batch(batch, index, device) for index, batch in enumerate(batches)]
+    if not checked:
+        raise ValueError(f"{name} is empty; it must hold at least one batch")
+    if not any(bool(batch.loss_mask.any()) for batch in checked):
+        raise ValueError(f"{name} has no loss position: every label is -100 (ignored) or belongs to padding")
+    return checked
 
 
 def idle_batch(device: torch.device, *, attended: bool) -> Batch:

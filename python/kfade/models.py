@@ -1,4 +1,4 @@
-"""Loading and saving of Hugging Face causal language models, GGUF files among them."""
+"""Loading and saving of Hugging Face causal language models, GGUF files among them, and what a loaded one is."""
 
 from __future__ import annotations
 
@@ -211,3 +211,19 @@ def save_model(model: Any, tokenizer: Any, directory: str | Path) -> None:
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def state_dtype(model: nn.Module) -> torch.dtype:
+    """float64 for a float64 model, else float32: state is never 16-bit."""
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    return torch.float64 if wide else torch.float32
+
+
+def model_id(model: nn.Module) -> str:
+    """The name a model was loaded by, or its class."""
+    config = getattr(model, "config", None)
+    return str(getattr(config, "_name_or_path", "") or type(model).__name__)

@@ -28,9 +28,10 @@ from .config import FitConfig, _integer, _number
 from .curvature import Curvature, LayerCurvature
 from .errors import NonFiniteError
 from .factors import FactorCollector
-from .fit import collect_factors, decompose_states, device_of, loss_count, model_id, new_states, state_dtype
+from .fit import collect_factors, decompose_states, loss_count, new_states
 from .layers import Layer, select
 from .loss import Batch, Head, check_batch
+from .models import device_of, model_id, state_dtype
 from .storage import read_marked, write_tensors
 
 FORMAT = "kfade-tracked-factors"

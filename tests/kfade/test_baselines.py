@@ -22,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 import kfade
 from kfade import baselines
 from kfade.baselines import METHODS, BaselineConfig, Context, TrainConfig, finetune, retrain, run_baseline
-from kfade.fit import check_batches
+from kfade.loss import check_batches
 from kfade.unlearn import cycled
 
 CPU = torch.device("cpu")

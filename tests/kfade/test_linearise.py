@@ -10,10 +10,9 @@ from torch.func import functional_call, jacrev
 
 import kfade
 from kfade.capture import deterministic_mode
-from kfade.fit import check_batches
 from kfade.layers import Layer, select
 from kfade.linearise import conjugate_gradients, dot, gauss_newton_product
-from kfade.loss import Batch, Head
+from kfade.loss import Batch, Head, check_batches
 from kfade.unlearn import as_batches, split_holdout
 
 CPU = torch.device("cpu")

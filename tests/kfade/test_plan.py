@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 import kfade
 from kfade.capture import graph_from_embeddings
 from kfade.cli import app
-from kfade.fit import check_batches
 from kfade.layers import select
+from kfade.loss import check_batches
 from kfade.plan import Plan, Workload, plan, plan_fit, plan_model
 from kfade.progress import StageCost
 from kfade.rates import GIB, TABLE, UNTIMED, Rates, calibrate

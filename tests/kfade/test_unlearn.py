@@ -13,9 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import kfade
 from kfade.capture import deterministic_mode
 from kfade.evaluate import references, scores
-from kfade.fit import check_batches
 from kfade.layers import select
-from kfade.loss import Head, Ignorance
+from kfade.loss import Head, Ignorance, check_batches
 from kfade.unlearn import Trial, _half_square, _Run, _scaled, as_batches, npo_weights, search_step_size, split_holdout
 
 WORDS = 31

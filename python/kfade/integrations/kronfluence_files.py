@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from ..config import FitConfig
 from ..curvature import Curvature, LayerCurvature
 from ..errors import MissingLibraryError, StorageError
-from ..fit import model_id, new_states
+from ..fit import new_states
 from ..layers import select
+from ..models import model_id
 from ..storage import read_json, read_tensors, write_tensors, write_text
 
 ARGUMENTS = "factor_arguments.json"
