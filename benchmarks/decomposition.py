@@ -27,11 +27,11 @@ from records import append
 from torch import Tensor
 
 import kfade
-from kfade.curvature import LayerCurvature
 from kfade.data import make_batches
 from kfade.demo import FIT_BATCH, load_data
 from kfade.evaluate import scores
 from kfade.fit import decompose_states
+from kfade.layer_curvature import LayerCurvature
 from kfade.layers import select
 from kfade.models import demo_model, load_model
 

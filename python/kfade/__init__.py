@@ -3,12 +3,13 @@
 from . import optim
 from .calibration import Calibration, Predictive
 from .config import FitConfig, InfluenceConfig, KFACConfig, ReapplyConfig, UnlearnConfig
-from .curvature import Curvature, LayerCurvature
+from .curvature import Curvature
 from .durability import Reapplied, reapply
 from .errors import DataError, KfadeError, NonFiniteError, StorageError, UnsupportedLayerError
 from .fit import fit, sampled_labels
 from .influence import Influence, influence
 from .laplace import Laplace, LogitVariance
+from .layer_curvature import LayerCurvature
 from .layers import WeightAndBias
 from .operators import CurvatureOperator
 from .plan import Plan, plan

@@ -10,7 +10,7 @@ from kfade_kernels.rotation import rotates_tokens
 from torch import Tensor
 
 from .capture import Pair
-from .curvature import LayerCurvature
+from .layer_curvature import LayerCurvature
 from .layers import Layer
 from .loss import Batch, FiniteCheck
 

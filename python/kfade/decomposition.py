@@ -18,8 +18,8 @@ from kfade_kernels import PackedSymmetric, low_rank
 from kfade_kernels.precision import float32_products
 from torch import Tensor
 
-from .curvature import Sketch
 from .errors import NonFiniteError
+from .layer_curvature import Sketch
 
 # Residual ‖(AQ − QΛ)z‖ / ‖A‖‖z‖ and ‖(QᵀQ − I)z‖ / ‖z‖ of random z, in units of the dtype's rounding, beyond
 # which float32 is retried.

@@ -29,8 +29,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import FitConfig, UnlearnConfig
-from .curvature import Curvature, LayerCurvature
+from .curvature import Curvature
 from .errors import RankError
+from .layer_curvature import LayerCurvature
 from .layers import Layer
 from .loss import Batch
 from .sharding import is_sharded
@@ -515,7 +516,7 @@ class ShardedCurvature(Curvature):
             if ranks.rank == 0:
                 layers = {name: told[owner]["layers"][name] for name, owner in self.owners.items()}
                 named = sorted((file, entry) for values in told for file, entry in values["files"].items())
-                write_manifest(self, directory, layers, dict(named))
+                write_manifest(self.config, self.model_id, directory, layers, dict(named))
 
 
 def layer_owners(curvature: Curvature, ranks: Ranks) -> dict[str, int]:

@@ -9,7 +9,7 @@ from kfade_kernels import PackedSymmetric, accumulate_factors_, low_rank, sketch
 from torch import Tensor
 
 from .capture import Pair
-from .curvature import LayerCurvature, Sketch
+from .layer_curvature import LayerCurvature, Sketch
 from .layers import Layer
 from .loss import Batch, FiniteCheck
 

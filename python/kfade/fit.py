@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from .capture import Capture, Pair, deterministic_mode, frozen, graph_from_embeddings, trace
 from .config import FitConfig
 from .correction import CorrectionCollector
-from .curvature import Curvature, LayerCurvature, Sketch
+from .curvature import Curvature
 from .decomposition import ALONE, Job, decompose, decompose_sketch, run
 from .distributed import (
     Owners,
@@ -31,6 +31,7 @@ from .distributed import (
     spread_bases,
 )
 from .factors import FactorCollector
+from .layer_curvature import LayerCurvature, Sketch
 from .layers import Layer, in_passes, select
 from .loss import IGNORE_INDEX, Batch, FiniteCheck, Head, check_batches, idle_batch
 from .models import device_of, model_id, state_dtype

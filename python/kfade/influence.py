@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from .capture import Pair, deterministic_mode, frozen, graph_from_embeddings, rows_of, trace
 from .config import InfluenceConfig, to_dict
-from .curvature import Curvature, LayerCurvature, fitted_layers
+from .curvature import Curvature, fitted_layers
 from .errors import StorageError
 from .fit import run_fisher
+from .layer_curvature import LayerCurvature
 from .layers import Layer
 from .loss import Batch, FiniteCheck, Head, check_batches, sequence_groups
 from .models import device_of, model_id, state_dtype

@@ -17,7 +17,8 @@ from kfade_kernels.precision import float32_products
 from torch import Tensor
 
 from .config import DAMPINGS
-from .curvature import Curvature, LayerCurvature
+from .curvature import Curvature
+from .layer_curvature import LayerCurvature
 
 
 def checked_layers(curvature: Curvature, layers: str | Sequence[str] | None) -> list[LayerCurvature]:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import KFACConfig
-from .curvature import Curvature, LayerCurvature
+from .curvature import Curvature
+from .layer_curvature import LayerCurvature
 from .layers import Layer, select
 from .training import FactorTracker, unwrapped
 

@@ -30,8 +30,9 @@ import torch
 from torch import nn
 
 from .config import FitConfig, fit_config, to_dict
-from .curvature import Curvature, LayerCurvature
+from .curvature import Curvature
 from .errors import StorageError
+from .layer_curvature import LayerCurvature
 from .layers import Layer
 from .loss import Batch
 from .models import weights_sha256
@@ -389,7 +390,7 @@ class FitStore:
 
     def _commit(self, *, finished: bool) -> None:
         assert self._directory is not None
-        content = manifest_of(self._empty, self._layers, self._files)
+        content = manifest_of(self._empty.config, self._empty.model_id, self._layers, self._files)
         content["fit"] = {"finished": finished, "made_from": self._made_from, "checkpoint": self._checkpoint}
         sync(self._directory)
         write_text(self._directory / MANIFEST, json.dumps(content, indent=1 if finished else None))

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import FitConfig, fit_config, to_dict
-from .curvature import Curvature, LayerCurvature
 from .errors import StorageError
+from .layer_curvature import LayerCurvature
 
 FORMAT = "kfade-curvature"
 VERSION = 1
@@ -245,14 +245,17 @@ def write_stage(
 
 
 def manifest_of(
-    curvature: Curvature, layers: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, str]]
+    config: FitConfig,
+    model_id: str,
+    layers: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """The content of a manifest: `layers` with the counts of each, `files` with their entries."""
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model_id": curvature.model_id,
-        "config": to_dict(curvature.config),
+        "model_id": model_id,
+        "config": to_dict(config),
         "conventions": CONVENTIONS,
         "layers": layers,
         "files": files,
@@ -271,26 +274,27 @@ def begin_directory(directory: Path) -> None:
 
 
 def write_manifest(
-    curvature: Curvature,
+    config: FitConfig,
+    model_id: str,
     directory: Path,
     layers: Mapping[str, Mapping[str, Any]],
     files: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Name what was written into a directory; see `manifest_of`."""
-    write_text(directory / MANIFEST, json.dumps(manifest_of(curvature, layers, files), indent=1))
+    write_text(directory / MANIFEST, json.dumps(manifest_of(config, model_id, layers, files), indent=1))
 
 
-def save_curvature(curvature: Curvature, directory: Path) -> None:
-    """Write `curvature` into `directory`, which is made if need be; the manifest comes last."""
+def save_curvature(config: FitConfig, model_id: str, states: Mapping[str, LayerCurvature], directory: Path) -> None:
+    """Write a curvature into `directory`, which is made if need be; the manifest comes last."""
     begin_directory(directory)
     files: dict[str, dict[str, str]] = {}
-    for number, state in enumerate(curvature.values()):
+    for number, state in enumerate(states.values()):
         for stage in stages_of(state):
             tensors = stage_tensors(state, stage)
             if tensors:
                 name, entry = write_stage(directory, number, state.name, stage, tensors)
                 files[name] = entry
-    write_manifest(curvature, directory, {name: counts_of(state) for name, state in curvature.items()}, files)
+    write_manifest(config, model_id, directory, {name: counts_of(state) for name, state in states.items()}, files)
 
 
 def _check_model(model: nn.Module, states: Mapping[str, LayerCurvature], directory: Path) -> None:
@@ -384,8 +388,8 @@ def remove_curvature(directory: Path) -> None:
         directory.rmdir()
 
 
-def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature:
-    """Read a directory written by `save_curvature` or by a fit, checking every file's SHA-256.
+def load_curvature(directory: Path, model: nn.Module | None = None) -> tuple[FitConfig, str, dict[str, LayerCurvature]]:
+    """What `save_curvature` or a fit wrote into a directory, every file's SHA-256 checked.
 
     The tensors are mapped from the files: they take memory as they are used, and the system may take it back.
     """
@@ -412,4 +416,4 @@ def load_curvature(directory: Path, model: nn.Module | None = None) -> Curvature
             raise StorageError(
                 f"{directory}: {', '.join(missing)} of {name} is missing, and {config.curvature} needs it"
             )
-    return Curvature(config, model_id, states)
+    return config, model_id, states

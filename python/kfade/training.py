@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from .capture import deterministic_mode, frozen, graph_from_embeddings, trace
 from .config import FitConfig, _integer, _number
-from .curvature import Curvature, LayerCurvature
+from .curvature import Curvature
 from .errors import NonFiniteError
 from .factors import FactorCollector
 from .fit import collect_factors, decompose_states, loss_count, new_states
+from .layer_curvature import LayerCurvature
 from .layers import Layer, select
 from .loss import Batch, Head, check_batch
 from .models import device_of, model_id, state_dtype

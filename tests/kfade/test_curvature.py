@@ -19,9 +19,9 @@ from oracles import assert_close, autograd_truth, orthogonal, relative
 from torch import Tensor, nn
 
 import kfade
-from kfade.curvature import LayerCurvature
 from kfade.decomposition import decompose
 from kfade.fit import decompose_states
+from kfade.layer_curvature import LayerCurvature
 from kfade.layers import WeightAndBias
 
 EXACT = 1e-9

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import FitConfig
-from ..curvature import Curvature, LayerCurvature
+from ..curvature import Curvature
 from ..fit import fit_factors
+from ..layer_curvature import LayerCurvature
 from ..progress import Progress
 from . import UnsupportedPeerError
 

@@ -25,9 +25,10 @@ from kfade_kernels import PackedSymmetric
 from torch import Tensor, nn
 
 from ..config import FitConfig
-from ..curvature import Curvature, LayerCurvature
+from ..curvature import Curvature
 from ..errors import MissingLibraryError, StorageError
 from ..fit import new_states
+from ..layer_curvature import LayerCurvature
 from ..layers import select
 from ..models import model_id
 from ..storage import read_json, read_tensors, write_tensors, write_text
