@@ -28,9 +28,9 @@ from torch import Tensor
 
 import kfade
 from kfade.data import make_batches
+from kfade.decomposition import decompose_states
 from kfade.demo import FIT_BATCH, load_data
 from kfade.evaluate import scores
-from kfade.fit import decompose_states
 from kfade.layer_curvature import LayerCurvature
 from kfade.layers import select
 from kfade.models import demo_model, load_model

@@ -31,10 +31,11 @@ import kfade
 from kfade.capture import deterministic_mode, frozen, graph_from_embeddings, trace
 from kfade.correction import CorrectionCollector
 from kfade.data import make_batches
+from kfade.decomposition import decompose_states
 from kfade.demo import FIT_BATCH, load_data
 from kfade.evaluate import references, scores
 from kfade.factors import OVERSAMPLING, FactorCollector
-from kfade.fit import collect_factors, decompose_states, loss_count, new_states, run_fisher
+from kfade.fit import collect_factors, loss_count, new_states, run_fisher
 from kfade.layers import Layer, select
 from kfade.loss import Batch, Head, check_batches
 from kfade.models import demo_model, load_model

@@ -7,7 +7,7 @@ whatever is decomposed beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from kfade_kernels.precision import float32_products
 from torch import Tensor
 
 from .errors import NonFiniteError
-from .layer_curvature import Sketch
+from .layer_curvature import LayerCurvature, Sketch
 
 # Residual ‖(AQ − QΛ)z‖ / ‖A‖‖z‖ and ‖(QᵀQ − I)z‖ / ‖z‖ of random z, in units of the dtype's rounding, beyond
 # which float32 is retried.
@@ -160,3 +160,72 @@ def _take(job: Job, future: Future[tuple[Tensor, Tensor]]) -> BaseException | No
     except BaseException as error:
         return error
     return None
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Names of what a state has of one of its factors, and the stage that decomposes it."""
+
+    total: str
+    sketch: str
+    count: str
+    values: str
+    vectors: str
+    stage: str
+
+
+INPUT = _Side("a_sum", "a_sketch", "positions", "lambda_in", "q_in", "input_decomposition")
+
+
+OUTPUT = _Side("s_sum", "s_sketch", "losses", "lambda_out", "q_out", "decomposition")
+
+
+def decompose_states(
+    states: Mapping[str, LayerCurvature],
+    done: Callable[[str, str], None] = lambda name, stage: None,
+    rank: int | None = None,
+) -> None:
+    """Eigenvectors and eigenvalues of the factors of states, where they have a factor and no eigenvectors yet.
+
+    On a CPU as many factors are decomposed at once as PyTorch has threads, the largest first. `done(name, stage)` is
+    called after each, with the stage that it is of its layer. Sketches, of which `rank` eigenpairs are taken, are freed
+    on the way.
+    """
+
+    def job(state: LayerCurvature, side: _Side) -> Job:
+        def work() -> tuple[Tensor, Tensor]:
+            total, sketch, count = (getattr(state, name) for name in (side.total, side.sketch, side.count))
+            if sketch is None:
+                return decompose(total, count)
+            assert rank is not None
+            return decompose_sketch(sketch, count, rank)
+
+        def take(pair: tuple[Tensor, Tensor]) -> None:
+            for name, value in zip((side.values, side.vectors), pair, strict=True):
+                setattr(state, name, value)
+            setattr(state, side.sketch, None)
+            done(state.name, side.stage)
+
+        return Job(*_cost(getattr(state, side.total), getattr(state, side.sketch)), work, take)
+
+    leading = [state for state in states.values() if state.group == state.name]
+    run(
+        [
+            job(state, side)
+            for side, candidates in ((INPUT, leading), (OUTPUT, states.values()))
+            for state in candidates
+            if getattr(state, side.vectors) is None and (getattr(state, side.total) or getattr(state, side.sketch))
+        ]
+    )
+    for state in states.values():
+        leader = states[state.group]
+        state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
+
+
+def _cost(total: PackedSymmetric | None, sketch: Sketch | None) -> tuple[float, bool]:
+    """What decomposing takes, and whether nothing may run beside it: see Job."""
+    if sketch is not None:
+        order, columns = sketch.y.shape
+        return float(order * columns**2), sketch.y.device.type != "cpu"
+    assert total is not None
+    return float(total.n**3), total.n >= ALONE or total.device.type != "cpu"

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from .capture import deterministic_mode, frozen, graph_from_embeddings, trace
 from .config import FitConfig, _integer, _number
 from .curvature import Curvature
+from .decomposition import decompose_states
 from .errors import NonFiniteError
 from .factors import FactorCollector
-from .fit import collect_factors, decompose_states, loss_count, new_states
+from .fit import collect_factors, loss_count, new_states
 from .layer_curvature import LayerCurvature
 from .layers import Layer, select
 from .loss import Batch, Head, check_batch
