@@ -165,7 +165,7 @@ def accuracy(model: LlamaForCausalLM, data: list[dict[str, Tensor]], autocast: s
     """Mean relative error (Frobenius) of A, S and Λ against float64; Λ in each library's own basis."""
     from kfade.capture import deterministic_mode, frozen, trace
     from kfade.correction import CorrectionCollector
-    from kfade.fit import run_fisher
+    from kfade.fisher import run_fisher
     from kfade.layers import select
     from kfade.loss import Head, check_batches
 

@@ -34,8 +34,9 @@ from kfade.data import make_batches
 from kfade.decomposition import decompose_states
 from kfade.demo import FIT_BATCH, load_data
 from kfade.evaluate import references, scores
-from kfade.factors import OVERSAMPLING, FactorCollector
-from kfade.fit import collect_factors, loss_count, new_states, run_fisher
+from kfade.factors import OVERSAMPLING, FactorCollector, collect_factors
+from kfade.fisher import loss_count, run_fisher
+from kfade.layer_curvature import new_states
 from kfade.layers import Layer, select
 from kfade.loss import Batch, Head, check_batches
 from kfade.models import demo_model, load_model

@@ -6,7 +6,8 @@ from .config import FitConfig, InfluenceConfig, KFACConfig, ReapplyConfig, Unlea
 from .curvature import Curvature
 from .durability import Reapplied, reapply
 from .errors import DataError, KfadeError, NonFiniteError, StorageError, UnsupportedLayerError
-from .fit import fit, sampled_labels
+from .fisher import sampled_labels
+from .fit import fit
 from .influence import Influence, influence
 from .laplace import Laplace, LogitVariance
 from .layer_curvature import LayerCurvature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,9 +10,11 @@ from kfade_kernels import PackedSymmetric, accumulate_factors_, low_rank, sketch
 from torch import Tensor
 
 from .capture import Pair
+from .config import FitConfig
+from .fisher import run_fisher
 from .layer_curvature import LayerCurvature, Sketch
 from .layers import Layer
-from .loss import Batch, FiniteCheck
+from .loss import Batch, FiniteCheck, Head
 
 # Operands that wait for a common launch keep at most so many bytes, and those of one more layer, from being freed.
 WAITING_BYTES = 512 << 20
@@ -166,3 +169,22 @@ def kept_rows(x: Tensor, batch: Batch) -> Tensor:
     """The rows `[P, d]` of `x [B, T, d]` that are not padding; a view when none is."""
     flat = x.reshape(-1, x.shape[-1])
     return flat[batch.attention.reshape(-1)] if batch.padded else flat
+
+
+def collect_factors(
+    head: Head,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    config: FitConfig,
+    factors: FactorCollector,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """One pass that fills A_sum and S_sum of the states of `factors`; `advance(tokens)` is called once a batch."""
+
+    def next_sample(batch: Batch, sample: int) -> None:
+        factors.first_sample = sample + 1 == config.samples
+        if sample == 0:
+            advance(batch.tokens)
+
+    run_fisher(head, layers, batches, config, factors, next_sample)
+    factors.finish()

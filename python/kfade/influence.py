@@ -32,7 +32,7 @@ from .capture import Pair, deterministic_mode, frozen, graph_from_embeddings, ro
 from .config import InfluenceConfig, to_dict
 from .curvature import Curvature, fitted_layers
 from .errors import StorageError
-from .fit import run_fisher
+from .fisher import run_fisher
 from .layer_curvature import LayerCurvature
 from .layers import Layer
 from .loss import Batch, FiniteCheck, Head, check_batches, sequence_groups

@@ -26,7 +26,7 @@ from kfade_kernels.cholesky import factored_solve
 from kfade_kernels.precision import float32_products
 from torch import Tensor
 
-from .layers import WeightAndBias
+from .layers import Layer, WeightAndBias
 
 # Elements of the gradients that are solved for in one call: it holds three buffers of that size.
 SOLVED_TOGETHER = 1 << 28
@@ -285,3 +285,13 @@ def _kron_arguments(layer: LayerCurvature, matrix: Tensor, damping: float) -> tu
     else:
         eigenvalues = (layer._need(layer.lambda_out, "λ_S"), layer._need(layer.lambda_in, "λ_A"))
     return matrix, layer.output_eigenvectors(), layer.input_eigenvectors(), eigenvalues, damping
+
+
+def new_states(layers: Sequence[Layer], losses: int) -> dict[str, LayerCurvature]:
+    """Empty states of some layers, by name; `losses` is T of each."""
+    return {
+        layer.name: LayerCurvature(
+            layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group, losses=losses
+        )
+        for layer in layers
+    }

@@ -28,9 +28,9 @@ from .config import FitConfig, _integer, _number
 from .curvature import Curvature
 from .decomposition import decompose_states
 from .errors import NonFiniteError
-from .factors import FactorCollector
-from .fit import collect_factors, loss_count, new_states
-from .layer_curvature import LayerCurvature
+from .factors import FactorCollector, collect_factors
+from .fisher import loss_count
+from .layer_curvature import LayerCurvature, new_states
 from .layers import Layer, select
 from .loss import Batch, Head, check_batch
 from .models import device_of, model_id, state_dtype

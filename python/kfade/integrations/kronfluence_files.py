@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from ..config import FitConfig
 from ..curvature import Curvature
 from ..errors import MissingLibraryError, StorageError
-from ..fit import new_states
-from ..layer_curvature import LayerCurvature
+from ..layer_curvature import LayerCurvature, new_states
 from ..layers import select
 from ..models import model_id
 from ..storage import read_json, read_tensors, write_tensors, write_text
