@@ -11,6 +11,7 @@ from typing import Any
 
 import kfade_kernels as kk
 import torch
+from kfade_kernels import cpu_support, native
 from kfade_kernels.triton_support import verdicts
 
 from . import __version__
@@ -53,6 +54,24 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "features": [flag for flag in _CPU_FLAGS if flag in flags],
     }
+
+
+def native_module() -> dict[str, Any]:
+    """Whether the kernels in C++ were built, the instruction set that they take here, and the CUDA of the GPU ones."""
+    return {
+        "built": native.module is not None,
+        "missing": native.missing,
+        "instruction_set": cpu_support.isa() or None,
+        "cuda": None if native.module is None else native.module.cuda_version,
+    }
+
+
+def _native_text(found: dict[str, Any]) -> str:
+    if not found["built"]:
+        return str(found["missing"])
+    isa, cuda = found["instruction_set"], found["cuda"]
+    processor = f"{isa} on this processor" if isa else "no kernels for this processor"
+    return f"built; {processor}; {f'CUDA {cuda}' if cuda else 'no CUDA code'}"
 
 
 def _devices() -> list[str]:
@@ -114,6 +133,7 @@ def collect() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu": _cpu(),
+        "native": native_module(),
         "cuda_devices": _devices(),
         "cuda_build": torch.version.cuda,
         "disabled": os.environ.get("KFADE_DISABLE", ""),
@@ -132,6 +152,7 @@ def tables(values: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         ["system", f"{values['system']}, Python {values['python']}"],
         ["CPU", f"{cpu['name']}, {cpu['cores']} usable cores, {cpu['threads']} threads"],
         ["CPU features", ", ".join(cpu["features"]) or "none of " + ", ".join(_CPU_FLAGS)],
+        ["native module", _native_text(values["native"])],
         ["CUDA devices", devices],
     ]
     switches = (("KFADE_DISABLE", values["disabled"]), ("KFADE_ENABLE", values["enabled"]))

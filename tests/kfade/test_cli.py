@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kfade_kernels
@@ -16,6 +17,7 @@ import pytest
 import rank_work
 import torch
 import yaml
+from kfade_kernels import cpu_support, native
 from ranks import run_ranks
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 import kfade
-from kfade import models
+from kfade import doctor, models
 from kfade.cli import app
 from kfade.data import make_batches
 from kfade.demo import DATA, load_data
@@ -371,6 +373,30 @@ def test_doctor() -> None:
     assert "GPU kernels seen correct" in shown and "kron_solve" in shown
     assert "KFADE_ENABLE=triton" in shown and "benchmarks/gpu.py" in shown
     assert ("off by default" in shown) == (not values["verified"])
+
+
+def test_doctor_says_what_the_native_module_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line() -> str:
+        tables = doctor.tables({**values, "native": doctor.native_module()})
+        return next(text for name, text in tables[0][2] if name == "native module")
+
+    values = doctor.collect()
+    built = native.module is not None
+    assert values["native"]["built"] == built and (values["native"]["instruction_set"] is None or built)
+    assert line().startswith("built; " if built else "the native module ")
+    # builds that this machine need not have
+    monkeypatch.setattr(native, "missing", None)
+    monkeypatch.setattr(native, "module", SimpleNamespace(cuda_version="13.0"))
+    monkeypatch.setattr(cpu_support, "_supported", lambda: ("avx2", "avx512"))
+    assert line() == "built; avx512 on this processor; CUDA 13.0"
+    monkeypatch.setenv("KFADE_CPU_ISA", "avx2")
+    assert line() == "built; avx2 on this processor; CUDA 13.0"
+    monkeypatch.setattr(native, "module", SimpleNamespace(cuda_version=None))
+    monkeypatch.setattr(cpu_support, "_supported", tuple)
+    assert line() == "built; no kernels for this processor; no CUDA code"
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "missing", "the native module is not built")
+    assert line() == "the native module is not built"
 
 
 def test_demo_with_another_model(home: Path, tmp_path: Path) -> None:
