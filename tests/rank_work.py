@@ -23,8 +23,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typer.testing import CliRunner
 
 import kfade
-from kfade import FitConfig, UnlearnConfig, distributed
+from kfade import FitConfig, UnlearnConfig, ranks
 from kfade.cli import app
+from kfade.errors import RankError
 from kfade.progress import return_freed_memory
 from kfade.sharding import load_shards, reshard, whole
 from kfade.storage import tensors_sha256
@@ -109,13 +110,13 @@ def fit_into(group: ProcessGroup, folder: Path) -> None:
 
 def fail(group: ProcessGroup, when: str, how: str) -> Any:
     """A fit in which rank 1 ends; the others say what they raise and after how many seconds."""
-    distributed.BEAT_SECONDS, distributed.SILENT_SECONDS = 0.2, 4.0
+    ranks.BEAT_SECONDS, ranks.SILENT_SECONDS = 0.2, 4.0
     model, begin = wrapped("fsdp" if when == "sharded" else "plain", models.tiny("llama"), group), time.monotonic()
     if group.rank() == 1:
         _end_at(model, when, how)
     try:
         kfade.fit(model, batches(), CASES["ekfac"], group=group)
-    except distributed.RankError as error:
+    except RankError as error:
         return error, time.monotonic() - begin
 
 
@@ -132,7 +133,7 @@ def _end_at(model: nn.Module, when: str, how: str) -> None:
     elif when == "decomposition":
         torch.linalg.eigh = end
     else:
-        distributed.dist.reduce = end
+        ranks.dist.reduce = end
 
 
 def wrapped(how: str, model: Any, group: ProcessGroup) -> Any:

@@ -19,7 +19,6 @@ from .curvature import Curvature
 from .decomposition import decompose_states
 from .distributed import (
     Owners,
-    Ranks,
     ShardedCurvature,
     kept_here,
     made_from,
@@ -36,6 +35,7 @@ from .loss import Batch, Head, check_batches, idle_batch
 from .models import device_of, model_id, state_dtype
 from .plan import plan_fit
 from .progress import Progress, return_freed_memory
+from .ranks import Ranks
 from .resume import BASIS, CORRECTION, FACTORS, FitStore
 from .sharding import check_sharding, is_sharded, unwrapped
 from .storage import STAGES, shapes_of

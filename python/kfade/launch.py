@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from .distributed import Ranks
+from .ranks import Ranks
 
 
 def launched() -> tuple[int, int]:

@@ -32,13 +32,14 @@ from torch.distributed import ProcessGroup
 from .capture import deterministic_mode, trained
 from .config import UnlearnConfig, to_dict
 from .curvature import Curvature
-from .distributed import Ranks, ShardedCurvature, Shares, layer_owners, made_from
+from .distributed import ShardedCurvature, layer_owners, made_from
 from .fit import fit_among
 from .layers import Layer, select
 from .linearise import Matrices, conjugate_gradients, dot, gauss_newton_product, gradient_matrices
 from .loss import Batch, Head, Ignorance, check_batches, idle_batch, require_finite
 from .models import device_of, model_id, state_dtype
 from .progress import Progress, Stage, StageCost
+from .ranks import Ranks, Shares
 from .sharding import check_sharding, gradient_divisor, is_sharded, placed_like, reshard, shard_of, unwrapped
 from .update import Update
 

@@ -21,6 +21,7 @@ import kfade
 from kfade import Curvature, Update, distributed
 from kfade.errors import RankError
 from kfade.layers import select
+from kfade.ranks import share_out
 
 # In float64 the order of a sum changes its last bits, and eigenvectors by those over the gaps of the spectrum.
 ROUNDING = 1e-11
@@ -85,10 +86,10 @@ def test_owners_share_the_cost() -> None:
 
 
 def test_items_go_to_who_has_least() -> None:
-    assert distributed.share_out([5.0, 1.0, 4.0, 3.0], 2) == [0, 0, 1, 1]
-    assert distributed.share_out([1.0] * 5, 3) == [0, 1, 2, 0, 1], "equals in turn"
-    assert distributed.share_out([1.0, 1.0], 2, [3.0, 0.0]) == [1, 0], "who had less before comes first"
-    assert distributed.share_out([], 2) == []
+    assert share_out([5.0, 1.0, 4.0, 3.0], 2) == [0, 0, 1, 1]
+    assert share_out([1.0] * 5, 3) == [0, 1, 2, 0, 1], "equals in turn"
+    assert share_out([1.0, 1.0], 2, [3.0, 0.0]) == [1, 0], "who had less before comes first"
+    assert share_out([], 2) == []
 
 
 def test_what_a_rank_has_of_a_fit(tmp_path: Path) -> None:
