@@ -133,6 +133,11 @@ class PackedSymmetric:
         """The dense matrix `[n, n]`: a new tensor, exactly symmetric."""
         return unpack(self.data, self.n)
 
+    @property
+    def blocks(self) -> list[PackedSymmetric]:
+        """Itself, the only block; see `kfade_kernels.blocks.PackedBlocks`."""
+        return [self]
+
     def diagonal(self) -> Tensor:
         """The diagonal `[n]`, as a new tensor."""
         parts = [panel.view(self.data)[:, panel.start :].diagonal() for panel in panels(self.n)]
