@@ -37,6 +37,7 @@ CASES = {
     "identity": FitConfig(modules="all-linear", curvature="identity"),
     "passes": FitConfig(modules="all-linear", layers_per_pass=3, samples=2),
     "low rank": FitConfig(modules="all-linear", rank=4),
+    "blocks": FitConfig(modules="all-linear", max_factor_order=9),
     "empirical": FitConfig(modules="mlp", fisher="empirical"),
     "one pass": FitConfig(modules="mlp", basis_share=0.5),
 }

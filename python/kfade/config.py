@@ -66,6 +66,10 @@ class FitConfig:
             directions that a model has become sure in, where its own Fisher is nearly 0 and grows as soon as it moves.
         rank: k: of each factor keep the k largest eigenpairs, found by a sketch, and the mean of the rest; a factor of
             order k or less is kept whole. None keeps all whole. Only with `kfac` and `ekfac`.
+        max_factor_order: a factor of a higher order is taken to be block-diagonal, with the fewest blocks of at most
+            this order, nearly equal: of k blocks a kth of the memory and work remains, and of `eigh` a k²th. It is a
+            limit and no number of blocks, since widths differ within a model, and a limit means the same for all. None
+            keeps all whole. Only with `kfac` and `ekfac`, without a rank.
         decomposition: of the factors: `eigh`, or `cholesky`, which finds no eigenvectors: a solve then factorises both
             factors with their share of a factored damping, see `kfade_kernels.cholesky`. Only with `kfac`, whole.
         basis_share: one pass over the data instead of two: this share of the batches, evenly spread, gives A, S and the
@@ -84,6 +88,7 @@ class FitConfig:
     autocast: str = "off"
     temperature: float = 1.0
     rank: int | None = None
+    max_factor_order: int | None = None
     decomposition: str = "eigh"
     basis_share: float | None = None
     checkpoint_seconds: float = 60.0
@@ -107,6 +112,16 @@ class FitConfig:
             _integer("rank", self.rank, 1)
             if self.curvature not in ("kfac", "ekfac"):
                 raise ValueError(f"rank is {self.rank}; {self.curvature} has no factors: it must be None")
+        if self.max_factor_order is not None:
+            _integer("max_factor_order", self.max_factor_order, 2)
+            if self.curvature not in ("kfac", "ekfac"):
+                raise ValueError(
+                    f"max_factor_order is {self.max_factor_order}; {self.curvature} has no factors: it must be None"
+                )
+            if self.rank is not None:
+                raise ValueError(
+                    f"rank is {self.rank} and max_factor_order is {self.max_factor_order}; at most one must be given"
+                )
         _one_of("decomposition", self.decomposition, DECOMPOSITIONS)
         if self.decomposition == "cholesky" and (self.curvature != "kfac" or self.rank is not None):
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from kfade_kernels import bf16_pair, eigenvalue_correction_, low_rank, rotate
+from kfade_kernels.blocks import BlockBasis, slices
 from kfade_kernels.rotation import rotates_tokens
 from torch import Tensor
 
@@ -19,7 +20,8 @@ class CorrectionCollector:
     """Adds pairs to Λ of their layers, and to what Λ they have; without eigenvectors this is the diagonal Fisher.
 
     An input that several layers share is rotated once. Layers that compute in bfloat16 are rotated
-    with a bfloat16 pair of eigenvectors, split once and for all.
+    with a bfloat16 pair of eigenvectors, split once and for all. On a side in blocks always the tokens are rotated:
+    that takes `2·N·n²/k` FLOPs, of which only sequences longer than the other side is wide could save any.
 
     Attributes:
         finite: what looks for NaN and infinities.
@@ -33,7 +35,7 @@ class CorrectionCollector:
         self._outputs = {g: sum(m.d_out for m in layers if m.group == g) for g in {m.group for m in layers}}
         self._rotated: dict[str, tuple[Tensor, int]] = {}
         self._grams: dict[str, tuple[Tensor, Tensor | None, int]] = {}
-        self._pairs: dict[tuple[str, str], Tensor] = {}
+        self._pairs: dict[tuple[str, str], list[Tensor]] = {}
         self.finite = FiniteCheck(device)
         for state in states.values():
             if state.lambda_sum is None:
@@ -42,14 +44,18 @@ class CorrectionCollector:
                     sides = low_rank.entries(state.output_eigenvectors()), low_rank.entries(state.input_eigenvectors())
                 state.lambda_sum = torch.zeros(*sides, dtype=dtype, device=device)
 
-    def _basis(self, name: str, side: str, dtype: torch.dtype) -> Tensor | None:
+    def _basis(self, name: str, side: str, dtype: torch.dtype) -> list[Tensor]:
+        """The eigenvectors of a side, one matrix or one a block, or pairs of them; empty where there are none."""
         state = self._states[name]
         q = state.q_in if side == "in" else state.q_out
-        if q is None or dtype != torch.bfloat16 or q.dtype != torch.float32:
-            return q
+        if q is None:
+            return []
+        blocks = q.blocks if isinstance(q, BlockBasis) else [q]
+        if dtype != torch.bfloat16 or q.dtype != torch.float32:
+            return blocks
         key = (name, side)
         if key not in self._pairs:
-            self._pairs[key] = bf16_pair(q)
+            self._pairs[key] = [bf16_pair(block) for block in blocks]
         return self._pairs[key]
 
     def _shared_input(self, layer: Layer, a: Tensor) -> Tensor:
@@ -57,8 +63,7 @@ class CorrectionCollector:
         found = self._rotated.get(layer.group)
         if found is None:
             basis = self._basis(layer.group, "in", a.dtype)
-            assert basis is not None
-            found = (rotate(a, basis, ones_column=layer.has_bias), self._members[layer.group])
+            found = (_rotated(a, basis, layer.has_bias), self._members[layer.group])
         rotated, uses = found
         if uses > 1:
             self._rotated[layer.group] = (rotated, uses - 1)
@@ -104,9 +109,12 @@ class CorrectionCollector:
         q_in = self._basis(layer.group, "in", a.dtype)
         q_out = self._basis(layer.name, "out", g.dtype)
         ones = layer.has_bias
-        if q_in is not None and rotates_tokens(a.shape[1], self._outputs[layer.group]):
-            a, q_in, ones = self._shared_input(layer, a), None, False
-        eigenvalue_correction_(state.lambda_sum, g, a, q_out, q_in, ones_column=ones)
+        if len(q_in) > 1 or (q_in and rotates_tokens(a.shape[1], self._outputs[layer.group])):
+            a, q_in, ones = self._shared_input(layer, a), [], False
+        if len(q_out) > 1:
+            g, q_out = _rotated(g, q_out, False), []
+        whole = (q[0] if q else None for q in (q_out, q_in))
+        eigenvalue_correction_(state.lambda_sum, g, a, *whole, ones_column=ones)
 
     def end_batch(self) -> None:
         """Drop what a layer without gradient left behind.
@@ -123,3 +131,15 @@ class CorrectionCollector:
         self._rotated.clear()
         self._grams.clear()
         self.finite.clear()
+
+
+def _rotated(x: Tensor, basis: list[Tensor], ones_column: bool) -> Tensor:
+    """Rows `[B, T, n]` in a basis that is given by its blocks; a column of ones belongs to the last."""
+    if len(basis) == 1:
+        return rotate(x, basis[0], ones_column=ones_column)
+    columns = slices([q.shape[-1] for q in basis])
+    last = basis[-1]
+    return torch.cat(
+        [rotate(x[..., c], q, ones_column=ones_column and q is last) for c, q in zip(columns, basis, strict=True)],
+        dim=-1,
+    )

@@ -15,11 +15,12 @@ from itertools import islice
 
 import torch
 from kfade_kernels import PackedSymmetric, low_rank
+from kfade_kernels.blocks import BlockBasis, PackedBlocks
 from kfade_kernels.precision import float32_products
 from torch import Tensor
 
 from .errors import NonFiniteError
-from .layer_curvature import LayerCurvature, Sketch
+from .layer_curvature import Basis, Factor, LayerCurvature, Sketch
 
 # Residual ‖(AQ − QΛ)z‖ / ‖A‖‖z‖ and ‖(QᵀQ − I)z‖ / ‖z‖ of random z, in units of the dtype's rounding, beyond
 # which float32 is retried.
@@ -87,6 +88,16 @@ def _eigh(dense: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp_(min=0).to(dense.dtype), vectors.to(dense.dtype).contiguous()
 
 
+def decompose_blocks(total: PackedBlocks, count: float) -> tuple[Tensor, BlockBasis]:
+    """The same of a factor in blocks, one after the other: eigenvalues `[n]`, ascending within each, and eigenvectors.
+
+    Raises:
+        RuntimeError, NonFiniteError: as `decompose`, of a block.
+    """
+    values, vectors = zip(*(decompose(block, count) for block in total.blocks), strict=True)
+    return torch.cat(values), BlockBasis.of(vectors)
+
+
 def decompose_sketch(sketch: Sketch, count: float, rank: int) -> tuple[Tensor, Tensor]:
     """The largest eigenpairs of `total / count`, of which there is a sketch.
 
@@ -108,7 +119,7 @@ class Job:
     """A factor that is to be decomposed.
 
     Attributes:
-        cost: of it, by which jobs are ordered: `n³`, or `n·l²` of a sketch `[n, l]`.
+        cost: of it, by which jobs are ordered: `n³`, summed over blocks, or `n·l²` of a sketch `[n, l]`.
         alone: nothing runs beside it.
         work: decomposes it, on any thread.
         take: is given the result, on the thread that runs the jobs.
@@ -116,8 +127,8 @@ class Job:
 
     cost: float
     alone: bool
-    work: Callable[[], tuple[Tensor, Tensor]]
-    take: Callable[[tuple[Tensor, Tensor]], None]
+    work: Callable[[], tuple[Tensor, Basis]]
+    take: Callable[[tuple[Tensor, Basis]], None]
 
 
 def run(jobs: Sequence[Job]) -> None:
@@ -140,7 +151,7 @@ def run(jobs: Sequence[Job]) -> None:
 
 def _run_together(jobs: Iterator[Job], threads: int) -> None:
     failed: BaseException | None = None
-    running: dict[Future[tuple[Tensor, Tensor]], Job] = {}
+    running: dict[Future[tuple[Tensor, Basis]], Job] = {}
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         while failed is None or running:
             if failed is None:
@@ -153,7 +164,7 @@ def _run_together(jobs: Iterator[Job], threads: int) -> None:
     raise failed
 
 
-def _take(job: Job, future: Future[tuple[Tensor, Tensor]]) -> BaseException | None:
+def _take(job: Job, future: Future[tuple[Tensor, Basis]]) -> BaseException | None:
     """What went wrong, if anything did."""
     try:
         job.take(future.result())
@@ -193,14 +204,16 @@ def decompose_states(
     """
 
     def job(state: LayerCurvature, side: _Side) -> Job:
-        def work() -> tuple[Tensor, Tensor]:
+        def work() -> tuple[Tensor, Basis]:
             total, sketch, count = (getattr(state, name) for name in (side.total, side.sketch, side.count))
+            if isinstance(total, PackedBlocks):
+                return decompose_blocks(total, count)
             if sketch is None:
                 return decompose(total, count)
             assert rank is not None
             return decompose_sketch(sketch, count, rank)
 
-        def take(pair: tuple[Tensor, Tensor]) -> None:
+        def take(pair: tuple[Tensor, Basis]) -> None:
             for name, value in zip((side.values, side.vectors), pair, strict=True):
                 setattr(state, name, value)
             setattr(state, side.sketch, None)
@@ -222,10 +235,11 @@ def decompose_states(
         state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
 
 
-def _cost(total: PackedSymmetric | None, sketch: Sketch | None) -> tuple[float, bool]:
+def _cost(total: Factor | None, sketch: Sketch | None) -> tuple[float, bool]:
     """What decomposing takes, and whether nothing may run beside it: see Job."""
     if sketch is not None:
         order, columns = sketch.y.shape
         return float(order * columns**2), sketch.y.device.type != "cpu"
     assert total is not None
-    return float(total.n**3), total.n >= ALONE or total.device.type != "cpu"
+    orders = [block.n for block in total.blocks]
+    return float(sum(n**3 for n in orders)), max(orders) >= ALONE or total.device.type != "cpu"

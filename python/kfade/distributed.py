@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from kfade_kernels.blocks import split
 from torch import Tensor, nn
 
 from .config import FitConfig, UnlearnConfig
@@ -29,6 +30,7 @@ from .sharding import is_sharded
 from .storage import (
     SHARED,
     STAGES,
+    as_kept,
     begin_directory,
     counts_of,
     shapes_of,
@@ -66,7 +68,13 @@ def made_from(model: nn.Module, batches: Sequence[Batch], config: FitConfig | Un
     }
 
 
-def owners_of(layers: Sequence[Layer], ranks: int, rank: int | None, before: Sequence[Owners] = ()) -> Owners:
+def owners_of(
+    layers: Sequence[Layer],
+    ranks: int,
+    rank: int | None,
+    before: Sequence[Owners] = (),
+    max_factor_order: int | None = None,
+) -> Owners:
     """Owners of the factors of some layers, by the cost of their decomposition.
 
     Args:
@@ -74,10 +82,14 @@ def owners_of(layers: Sequence[Layer], ranks: int, rank: int | None, before: Seq
         ranks: how many there are.
         rank: k of the fit; None for whole factors.
         before: owners of earlier passes, whose layers stay with them.
+        max_factor_order: of the fit.
     """
     leaders = [layer for layer in layers if layer.leads]
     orders = [layer.width_in for layer in leaders] + [layer.d_out for layer in layers]
-    costs = [float(n) ** 3 if rank is None else float(n) * min(n, rank) ** 2 for n in orders]
+    costs = [
+        float(sum(m**3 for m in split(n, max_factor_order))) if rank is None else float(n) * min(n, rank) ** 2
+        for n in orders
+    ]
     kept = [float(sum([*o.inputs.values(), *o.outputs.values()].count(r) for o in before)) for r in range(ranks)]
     chosen = share_out(costs, ranks, kept)
     names = [layer.name for layer in leaders], [layer.name for layer in layers]
@@ -125,8 +137,8 @@ def spread_bases(
     def given(state: LayerCurvature, names: Sequence[str], owner: int) -> list[tuple[Tensor, int]]:
         for name in names:
             if getattr(state, name) is None:
-                setattr(state, name, like.new_empty(shapes_of(state, config.rank)[name]))
-        return [(getattr(state, name), owner) for name in names]
+                setattr(state, name, as_kept(state, name, like.new_empty(shapes_of(state, config.rank)[name])))
+        return [(getattr(state, name).data, owner) for name in names]
 
     sent = []
     for name, state in states.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from kfade_kernels import PackedSymmetric, accumulate_factors_, low_rank, sketch_
+from kfade_kernels.blocks import PackedBlocks, slices
 from torch import Tensor
 
 from .capture import Pair
@@ -38,6 +39,7 @@ class _Operands:
 
     Attributes:
         mask: `[B, T]`, False at padding; None where no row is.
+        acc_a, acc_s, a, g, ones: of a factor in blocks an entry a block, with the columns of rows that are its own.
         sketches: with the rows of each, and whether they stand for themselves with a column of ones.
         nbytes: of the operands.
     """
@@ -76,7 +78,10 @@ class FactorCollector:
         self.first_sample = True
         omegas: dict[int, Tensor] = {}
 
-        def room(n: int) -> tuple[PackedSymmetric | None, Sketch | None]:
+        def room(blocks: tuple[int, ...]) -> tuple[PackedSymmetric | PackedBlocks | None, Sketch | None]:
+            n = sum(blocks)
+            if len(blocks) > 1:
+                return PackedBlocks(blocks, dtype=dtype, device=device), None
             if rank is None or n <= rank:
                 return PackedSymmetric(n, dtype=dtype, device=device), None
             if n not in omegas:
@@ -87,10 +92,10 @@ class FactorCollector:
 
         for state in states.values():
             if state.s_sum is None:
-                state.s_sum, state.s_sketch = room(state.d_out)
+                state.s_sum, state.s_sketch = room(state.output_blocks)
         for state in states.values():
             if state.group == state.name and state.a_sum is None:
-                state.a_sum, state.a_sketch = room(state.width_in)
+                state.a_sum, state.a_sketch = room(state.input_blocks)
 
     @property
     def waiting_bytes(self) -> int:
@@ -114,8 +119,9 @@ class FactorCollector:
                 waiting.sketches.append((state.s_sketch, g, False))
             else:
                 assert state.s_sum is not None
-                waiting.acc_s.append(state.s_sum)
-                waiting.g.append(g)
+                for block, columns in zip(state.s_sum.blocks, slices(state.output_blocks), strict=True):
+                    waiting.acc_s.append(block)
+                    waiting.g.append(g[..., columns])
             waiting.nbytes += g.nbytes
             if a is not None:
                 a = a.to(pair.dtype)
@@ -123,9 +129,11 @@ class FactorCollector:
                     waiting.sketches.append((state.a_sketch, a, layer.has_bias))
                 else:
                     assert state.a_sum is not None
-                    waiting.acc_a.append(state.a_sum)
-                    waiting.a.append(a)
-                    waiting.ones.append(layer.has_bias)
+                    for block, columns in zip(state.a_sum.blocks, slices(state.input_blocks), strict=True):
+                        waiting.acc_a.append(block)
+                        waiting.a.append(a[..., columns])
+                        # The ones are the last column of all, so of the last block.
+                        waiting.ones.append(layer.has_bias and columns.stop == state.width_in)
                 waiting.nbytes += a.nbytes
                 state.positions += batch.tokens
             if not self._grouped or waiting.nbytes > WAITING_BYTES:

@@ -88,7 +88,7 @@ class _Fit:
         """States without tensors."""
         if self.config.curvature == "identity":
             return new_states(layers, 0)
-        states = new_states(layers, loss_count(self.parts[0], self.config))
+        states = new_states(layers, loss_count(self.parts[0], self.config), self.config.max_factor_order)
         for name, state in states.items():
             if self.config.basis_share is not None or self.basis is not None:
                 state.lambda_losses = loss_count(self.parts[1], self.config)
@@ -214,11 +214,18 @@ def _check_basis(
             " with the same modules on a model with the same layers"
         )
     for name, state in basis.items():
-        wanted = shapes_of(state, config.rank)
+        ours = replace(state, max_factor_order=config.max_factor_order)
+        if (state.input_blocks, state.output_blocks) != (ours.input_blocks, ours.output_blocks):
+            raise ValueError(
+                f"basis has {name} with max_factor_order {state.max_factor_order}, and config has"
+                f" {config.max_factor_order}, which cuts its factors otherwise; they must be the same"
+            )
+        wanted = shapes_of(ours, config.rank)
         for field in ("q_in", "q_out"):
             value = getattr(state, field)
-            if value is None or list(value.shape) != wanted[field] or value.dtype != dtype:
-                found = "none" if value is None else f"{list(value.shape)} of {value.dtype}"
+            shape = None if value is None else list(value.data.shape)
+            if shape != wanted[field] or value.dtype != dtype:
+                found = "none" if value is None else f"{shape} of {value.dtype}"
                 raise ValueError(
                     f"basis has as {field} of {name} {found}; it must be {wanted[field]} of {dtype}: of a kfac or ekfac"
                     f" curvature with rank {config.rank}"
@@ -291,7 +298,7 @@ def fit_among(
         kept.open(model, model_id(model), fit.empty(layers), checked, device_of(model), state_dtype(model), basis)
         passes = in_passes(layers, at_most)
         for number, part in enumerate(passes, 1):
-            owned.append(owners_of(part, ranks.size, config.rank, owned))
+            owned.append(owners_of(part, ranks.size, config.rank, owned, config.max_factor_order))
             found = fit.run(part, f" {number}/{len(passes)}" if len(passes) > 1 else "", owned[-1])
             for states_here, new in zip((states, inputs), kept_here(ranks, owned[-1], found), strict=True):
                 states_here.update(new)

@@ -219,6 +219,11 @@ def solve_rows(state: LayerCurvature, rows: Sequence[Rows], damping: float) -> l
         with float32_products():
             gradients = [g.to(q_out.dtype).T @ a.to(q_out.dtype) for g, a in rows]
         return [low_rank.apply(gradient, q_out, q_in, scale) for gradient in gradients]
+    if state.in_blocks and state.q_out is not None:
+        with float32_products():
+            gradients = [g.T @ a for g, a in rows]
+        home = state.q_out.device
+        return [state.solve(gradient.to(home), damping).to(gradient.device) for gradient in gradients]
     if state.q_out is None:
         scale = state.eigenvalues().to(rows[0][0]) + damping
         with float32_products():
@@ -234,9 +239,9 @@ def solve_rows_to_rank(state: LayerCurvature, rows: Sequence[Rows], damping: flo
 
     A rotation moves no singular value, so it is found in the eigenbasis, and only its factors are rotated back:
     `2·k·(d_out² + d_in²)` FLOPs in the place of the `2·d_out·d_in·(d_out + d_in)` of a whole solution. Thin bases do
-    not hold the whole solution, which is then formed.
+    not hold the whole solution, which is then formed; so it is where factors are in blocks.
     """
-    if state.q_out is None or state.low_rank:
+    if state.q_out is None or state.low_rank or state.in_blocks:
         yield from (to_rank(solution, rank) for solution in solve_rows(state, rows, damping))
         return
     q_out, q_in, values, values_in = _eigen(state, rows[0][0].device)

@@ -232,6 +232,11 @@ class Laplace:
                 f"curvature was fitted with rank {curvature.config.rank}; variances need every direction: it must be"
                 " fitted with rank None"
             )
+        if curvature.config.max_factor_order is not None:
+            raise ValueError(
+                f"curvature was fitted with max_factor_order {curvature.config.max_factor_order}; it must be fitted"
+                " with max_factor_order None"
+            )
         self.model, self.curvature, self.layers = model, curvature, list(self._states)
         if tokens is None:
             # In one pass, A and S rest on some of the data and Λ on the others.
@@ -558,7 +563,9 @@ class Laplace:
 
     def _basis(self, name: str, dtype: torch.dtype, device: torch.device) -> _Basis:
         state = self._states[name]
-        q_out, q_in = (None if q is None else q.to(device, dtype) for q in (state.q_out, state.q_in))
+        q_out = q_in = None
+        if state.q_out is not None:
+            q_out, q_in = (q.to(device, dtype) for q in (state.output_eigenvectors(), state.input_eigenvectors()))
         spectrum = state.eigenvalues().to(device, dtype)
         return _Basis(q_out, q_in, 1 / (self.tokens * spectrum + self.prior_precision[name]))
 

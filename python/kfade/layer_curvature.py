@@ -9,6 +9,10 @@ With a rank k a factor of higher order has a *thin* basis Q `[n, k]` of its larg
 beside them share the mean of the rest: see `kfade_kernels.low_rank`. Λ is then a block, its last row or column for
 that tail.
 
+With a greatest order of factors, one of a higher order is block-diagonal, and so are its eigenvectors: see
+`kfade_kernels.blocks`. F is then block-diagonal as well, with one block for each pair of blocks of the two sides, and
+each of these is what a layer of its own would have.
+
 A K-FAC curvature may have factors alone and no eigenvectors: it is solved with by Cholesky factorisations and a
 factored damping, and has no Λ; see `kfade_kernels.cholesky`.
 """
@@ -16,12 +20,14 @@ factored damping, and has no Λ; see `kfade_kernels.cholesky`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from kfade_kernels import PackedSymmetric, kron_solve, low_rank
+from kfade_kernels.blocks import BlockBasis, PackedBlocks, slices, split
 from kfade_kernels.cholesky import factored_solve
 from kfade_kernels.precision import float32_products
 from torch import Tensor
@@ -31,7 +37,8 @@ from .layers import Layer, WeightAndBias
 # Elements of the gradients that are solved for in one call: it holds three buffers of that size.
 SOLVED_TOGETHER = 1 << 28
 
-_State = TypeVar("_State", Tensor, PackedSymmetric)
+Factor = PackedSymmetric | PackedBlocks
+Basis = Tensor | BlockBasis
 
 
 def check_damping(value: float) -> None:
@@ -68,11 +75,12 @@ class LayerCurvature:
         positions: P, the rows summed in A_sum; no whole number where older sums were weighted down.
         losses: T, the loss positions behind S_sum and Λ_sum, times the label samples; weighted like P.
         lambda_losses: T of Λ_sum where it rests on other positions than S_sum; None where on the same.
+        max_factor_order: a factor of a higher order is in blocks; None where all are whole.
         a_sum: `Σ a aᵀ`, packed, of order d_in (+ 1); the same object for all layers of a group. None where the basis
             is thin.
         s_sum: `Σ g gᵀ`, packed, of order d_out; likewise.
-        q_in, lambda_in: eigenvectors in columns and ascending eigenvalues of A. A thin basis has k columns, and its
-            eigenvalues are followed by the mean of the others.
+        q_in, lambda_in: eigenvectors in columns and eigenvalues of A, ascending (in blocks, within each). A thin basis
+            has k columns, and its eigenvalues are followed by the mean of the others.
         q_out, lambda_out: the same of S.
         lambda_sum: `Σ_n (Q_Sᵀ G_n Q_A)∘²`, `[d_out, d_in (+ 1)]`. Of a thin basis it has k + 1 rows or columns, and in
             the last the means over all other directions.
@@ -89,11 +97,12 @@ class LayerCurvature:
     positions: float = 0
     losses: float = 0
     lambda_losses: float | None = None
-    a_sum: PackedSymmetric | None = field(default=None, repr=False)
-    s_sum: PackedSymmetric | None = field(default=None, repr=False)
-    q_in: Tensor | None = field(default=None, repr=False)
+    max_factor_order: int | None = None
+    a_sum: Factor | None = field(default=None, repr=False)
+    s_sum: Factor | None = field(default=None, repr=False)
+    q_in: Basis | None = field(default=None, repr=False)
     lambda_in: Tensor | None = field(default=None, repr=False)
-    q_out: Tensor | None = field(default=None, repr=False)
+    q_out: Basis | None = field(default=None, repr=False)
     lambda_out: Tensor | None = field(default=None, repr=False)
     lambda_sum: Tensor | None = field(default=None, repr=False)
     a_sketch: Sketch | None = field(default=None, repr=False)
@@ -103,7 +112,22 @@ class LayerCurvature:
     @property
     def low_rank(self) -> bool:
         """Whether a side has a thin basis."""
-        return any(q is not None and q.shape[1] < q.shape[0] for q in (self.q_in, self.q_out))
+        return any(isinstance(q, Tensor) and q.shape[1] < q.shape[0] for q in (self.q_in, self.q_out))
+
+    @property
+    def input_blocks(self) -> tuple[int, ...]:
+        """Orders of the blocks of A: one, d_in (+ 1), where it is whole."""
+        return split(self.width_in, self.max_factor_order)
+
+    @property
+    def output_blocks(self) -> tuple[int, ...]:
+        """The same of S."""
+        return split(self.d_out, self.max_factor_order)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a factor is block-diagonal."""
+        return len(self.input_blocks) > 1 or len(self.output_blocks) > 1
 
     @property
     def factors_alone(self) -> bool:
@@ -119,29 +143,36 @@ class LayerCurvature:
         """T behind Λ_sum, at least 1."""
         return max(1, self.losses if self.lambda_losses is None else self.lambda_losses)
 
-    def _need(self, value: _State | None, what: str) -> _State:
-        if value is None:
-            why = "it was fitted with a rank" if self.low_rank else "the curvature was fitted without"
-            if self.input_owner is not None and what == "input factor" and not self.low_rank:
-                why = f"it is with rank {self.input_owner}; save the curvature and load it to have all of it"
-            raise ValueError(f"layer {self.name} has no {what}: {why}")
-        return value
+    def lacks(self, what: str) -> ValueError:
+        """The error to raise where something that was not fitted, or is elsewhere, is asked for."""
+        why = "it was fitted with a rank" if self.low_rank else "the curvature was fitted without"
+        if self.input_owner is not None and what == "input factor" and not self.low_rank:
+            why = f"it is with rank {self.input_owner}; save the curvature and load it to have all of it"
+        return ValueError(f"layer {self.name} has no {what}: {why}")
 
     def input_factor(self) -> Tensor:
         """`A = A_sum / P`, dense `[d_in (+ 1), d_in (+ 1)]`."""
-        return self._need(self.a_sum, "input factor").to_dense() / max(1, self.positions)
+        if self.a_sum is None:
+            raise self.lacks("input factor")
+        return self.a_sum.to_dense() / max(1, self.positions)
 
     def output_factor(self) -> Tensor:
         """`S = S_sum / T`, dense `[d_out, d_out]`."""
-        return self._need(self.s_sum, "output factor").to_dense() / max(1, self.losses)
+        if self.s_sum is None:
+            raise self.lacks("output factor")
+        return self.s_sum.to_dense() / max(1, self.losses)
 
     def input_eigenvectors(self) -> Tensor:
-        """`Q_A`, eigenvectors in columns; `[d_in (+ 1), k]` with a rank."""
-        return self._need(self.q_in, "input eigenvectors")
+        """`Q_A`, eigenvectors in columns; `[d_in (+ 1), k]` with a rank. In blocks it is a dense tensor made anew."""
+        if self.q_in is None:
+            raise self.lacks("input eigenvectors")
+        return self.q_in if isinstance(self.q_in, Tensor) else self.q_in.to_dense()
 
     def output_eigenvectors(self) -> Tensor:
-        """`Q_S`, eigenvectors in columns; `[d_out, k]` with a rank."""
-        return self._need(self.q_out, "output eigenvectors")
+        """`Q_S`, eigenvectors in columns; `[d_out, k]` with a rank. In blocks it is a dense tensor made anew."""
+        if self.q_out is None:
+            raise self.lacks("output eigenvectors")
+        return self.q_out if isinstance(self.q_out, Tensor) else self.q_out.to_dense()
 
     def eigenvalues(self) -> Tensor:
         """`Λ [d_out, d_in (+ 1)]`; with a rank a block, whose entries count as often as `multiplicities` says."""
@@ -198,16 +229,44 @@ class LayerCurvature:
         if self.low_rank:
             image = low_rank.apply(right, self.output_eigenvectors(), self.input_eigenvectors(), self.eigenvalues())
             return float((left.to(image.dtype) * image).sum(dtype=torch.float64))
+        if self.in_blocks:
+            return sum(p.state.product(left[p.rows, p.columns], right[p.rows, p.columns]) for p in self.parts())
         if self.factors_alone:
             s, a = self.output_factor(), self.input_factor()
             with float32_products():
                 return float((left.to(s.dtype) * (s @ right.to(s.dtype) @ a)).sum(dtype=torch.float64))
         if self.q_out is not None and self.q_in is not None:
+            q_out, q_in = self.output_eigenvectors(), self.input_eigenvectors()
             with float32_products():
-                left, right = (self.q_out.T @ m.to(self.q_out.dtype) @ self.q_in for m in (left, right))
+                left, right = (q_out.T @ m.to(q_out.dtype) @ q_in for m in (left, right))
         if self.q_out is None and self.lambda_sum is None:
             return float((left * right).sum(dtype=torch.float64))
         return float((left * right * self.eigenvalues()).sum(dtype=torch.float64))
+
+    def parts(self) -> list[Part]:
+        """One layer for each block of S and each of A, by rows and then columns; their tensors are views of this one's.
+
+        F of this layer is zero between them, so that each can be solved with, or multiplied by, alone.
+        """
+        sides = []
+        for total, q, values, orders in (
+            (self.s_sum, self.q_out, self.lambda_out, self.output_blocks),
+            (self.a_sum, self.q_in, self.lambda_in, self.input_blocks),
+        ):
+            count = len(orders)
+            totals = [None] * count if total is None else total.blocks
+            bases = [None] * count if q is None else q.blocks if isinstance(q, BlockBasis) else [q]
+            spectra = [None] * count if values is None else values.split(orders)
+            sides.append(list(zip(slices(orders), orders, totals, bases, spectra, strict=True)))
+        return [
+            Part(rows, columns, replace(
+                self, d_out=d_out, d_in=width, has_bias=False, max_factor_order=None, s_sum=s, a_sum=a, q_out=q_out,
+                q_in=q_in, lambda_out=lambda_out, lambda_in=lambda_in,
+                lambda_sum=None if self.lambda_sum is None else self.lambda_sum[rows, columns],
+            ))
+            for rows, d_out, s, q_out, lambda_out in sides[0]
+            for columns, width, a, q_in, lambda_in in sides[1]
+        ]  # fmt: skip
 
     def join(self, value: Tensor | Sequence[Tensor]) -> Tensor:
         """A gradient as users give it, as `[d_out, d_in (+ 1)]`.
@@ -228,6 +287,34 @@ class LayerCurvature:
         return WeightAndBias(weight, matrix[:, self.d_in].contiguous()) if self.has_bias else weight
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a layer has for one block of each of its factors.
+
+    Attributes:
+        rows, columns: of the layer's matrices.
+        state: as of a layer of this size, without a bias.
+    """
+
+    rows: slice
+    columns: slice
+    state: LayerCurvature
+
+
+def by_parts(
+    layer: LayerCurvature,
+    matrix: Tensor,
+    function: Callable[[list[LayerCurvature], list[Tensor]], Sequence[Tensor]],
+) -> Tensor:
+    """What a function makes of a matrix `[..., d_out, d_in (+ 1)]`, given all parts of a layer and of the matrix."""
+    parts = layer.parts()
+    found = function([p.state for p in parts], [matrix[..., p.rows, p.columns] for p in parts])
+    result = matrix.new_empty(matrix.shape, dtype=found[0].dtype)
+    for part, value in zip(parts, found, strict=True):
+        result[..., part.rows, part.columns] = value
+    return result
+
+
 def solve_layers(
     layers: Sequence[LayerCurvature], matrices: Sequence[Tensor], dampings: Sequence[float]
 ) -> list[Tensor]:
@@ -238,10 +325,12 @@ def solve_layers(
         if layer.low_rank:
             scale = (layer.eigenvalues() + damping).reciprocal_()
             solved[i] = low_rank.apply(matrix, layer.output_eigenvectors(), layer.input_eigenvectors(), scale)
-        elif layer.q_out is not None and layer.q_in is not None:
-            rotated.append(i)
         elif layer.factors_alone:
             solved[i] = _factored_solve(layer, matrix, damping)
+        elif layer.in_blocks:
+            solved[i] = by_parts(layer, matrix, partial(_solve_alike, damping))
+        elif layer.q_out is not None and layer.q_in is not None:
+            rotated.append(i)
         elif layer.lambda_sum is None:
             solved[i] = matrix / (1 + damping)
         else:
@@ -254,6 +343,10 @@ def solve_layers(
             # Λ went in as its raw sum, T times too large, and so did λ.
             solved[i] = solution.mul_(layers[i].lambda_count) if layers[i].lambda_sum is not None else solution
     return [x for x in solved if x is not None]
+
+
+def _solve_alike(damping: float, layers: Sequence[LayerCurvature], matrices: Sequence[Tensor]) -> list[Tensor]:
+    return solve_layers(layers, matrices, [damping] * len(layers))
 
 
 def _factored_solve(layer: LayerCurvature, matrix: Tensor, damping: float) -> Tensor:
@@ -283,15 +376,18 @@ def _kron_arguments(layer: LayerCurvature, matrix: Tensor, damping: float) -> tu
     if layer.lambda_sum is not None:
         eigenvalues, damping = layer.lambda_sum, damping * layer.lambda_count
     else:
-        eigenvalues = (layer._need(layer.lambda_out, "λ_S"), layer._need(layer.lambda_in, "λ_A"))
+        assert layer.lambda_out is not None and layer.lambda_in is not None
+        eigenvalues = layer.lambda_out, layer.lambda_in
     return matrix, layer.output_eigenvectors(), layer.input_eigenvectors(), eigenvalues, damping
 
 
-def new_states(layers: Sequence[Layer], losses: int) -> dict[str, LayerCurvature]:
+def new_states(layers: Sequence[Layer], losses: int, max_factor_order: int | None = None) -> dict[str, LayerCurvature]:
     """Empty states of some layers, by name; `losses` is T of each."""
     return {
         layer.name: LayerCurvature(
-            layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group, losses=losses
+            *(layer.name, layer.d_out, layer.d_in, layer.has_bias, layer.transposed, layer.group),
+            losses=losses,
+            max_factor_order=max_factor_order,
         )
         for layer in layers
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any, overload
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .config import DAMPINGS
 from .curvature import Curvature
-from .layer_curvature import LayerCurvature
+from .layer_curvature import LayerCurvature, by_parts
 
 
 def checked_layers(curvature: Curvature, layers: str | Sequence[str] | None) -> list[LayerCurvature]:
@@ -227,22 +228,23 @@ class CurvatureOperator:
 
     def _apply(self, matrices: list[Tensor]) -> list[Tensor]:
         """The operator on matrices `[K, d_out, d_in (+ 1)]`, one a layer."""
-        if self._power >= 0 or any(s.q_out is None or s.low_rank for s in self._states):
-            return [self._scaled(i, x) for i, x in enumerate(matrices)]
+        if self._power >= 0 or any(s.q_out is None or s.low_rank or s.in_blocks for s in self._states):
+            return [self._scaled(*each) for each in zip(self._states, self._dampings, matrices, strict=True)]
         # A solve with (Λ + λ)^-power is this power, by the kernel that takes all layers at once.
         q_out, q_in = zip(*((s.output_eigenvectors(), s.input_eigenvectors()) for s in self._states), strict=True)
         spectra = [(s.eigenvalues() + x) ** -self._power for s, x in zip(self._states, self._dampings, strict=True)]
         return kron_solve(matrices, list(q_out), list(q_in), spectra, 0.0)
 
-    def _scaled(self, i: int, matrices: Tensor) -> Tensor:
+    def _scaled(self, state: LayerCurvature, damping: float, matrices: Tensor) -> Tensor:
         """One layer's `Q_S [(Q_Sᵀ V Q_A) ∘ (Λ + λ)^power] Q_Aᵀ`; without eigenvectors only the scaling."""
-        state, damping = self._states[i], self._dampings[i]
         if state.q_out is None and state.lambda_sum is None:
             return matrices * float((1 + damping) ** self._power)
+        if state.in_blocks:
+            return by_parts(state, matrices, lambda parts, some: list(map(self._scaled, parts, repeat(damping), some)))
         scale = (state.eigenvalues() + damping) ** self._power
         if state.q_out is None:
             return matrices * scale
-        q_out, q_in = state.q_out, state.input_eigenvectors()
+        q_out, q_in = state.output_eigenvectors(), state.input_eigenvectors()
         if state.low_rank:
             return low_rank.apply(matrices, q_out, q_in, scale)
         with float32_products():

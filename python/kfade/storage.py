@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from kfade_kernels import PackedSymmetric
+from kfade_kernels.blocks import BlockBasis, PackedBlocks
 from kfade_kernels.packed import packed_elements
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,8 @@ from .errors import StorageError
 from .layer_curvature import LayerCurvature
 
 FORMAT = "kfade-curvature"
-VERSION = 1
+# The second is of a curvature with block-diagonal factors, which what knows the first alone cannot read.
+VERSION, BLOCKS_VERSION = 1, 2
 MANIFEST = "manifest.json"
 _LEFTOVER = re.compile(r"\..+\.\d+\.part")
 CONVENTIONS = {
@@ -40,6 +42,8 @@ CONVENTIONS = {
     " / losses where that is null",
     "rank": "with config.rank, of a factor of order beyond it q has k columns, lambda_in and lambda_out end in the mean"
     " of the other eigenvalues, and the last row or column of lambda_sum is the mean over these directions",
+    "max_factor_order": "a factor of a higher order is block-diagonal: packed triangles and q are those of its blocks,"
+    " end to end, with eigenvalues ascending within each; orders as kfade_kernels.blocks.split gives them",
     "packing": "block rows of 128 of the lower triangle, row-major; above the diagonal undefined",
 }
 # What a stage leaves in a state; the shared stages only in that of the layer which leads an input group.
@@ -59,7 +63,9 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "kfac": _KFAC,
     "ekfac": (*_KFAC, "lambda_sum"),
 }
-COUNTS = ("d_out", "d_in", "has_bias", "transposed", "group", "positions", "losses", "lambda_losses")
+COUNTS = (
+    "d_out", "d_in", "has_bias", "transposed", "group", "positions", "losses", "lambda_losses", "max_factor_order",
+)  # fmt: skip
 
 
 def sha256(path: Path) -> str:
@@ -213,26 +219,42 @@ def required_stages(config: FitConfig) -> list[str]:
 
 
 def shapes_of(state: LayerCurvature, rank: int | None = None) -> dict[str, list[int]]:
-    """The shape of each tensor of a state, as it is stored; a side with a thin basis has no packed factor."""
+    """The shape of each tensor of a state, as it is stored; a side with a thin basis has no packed factor.
+
+    What is in blocks is flat.
+    """
     out, width = state.d_out, state.width_in
     # Of each side the columns of its basis, and its entries in Λ.
     sides = {n: (n, n) if rank is None or n <= rank else (rank, rank + 1) for n in (width, out)}
     shapes = {"q_in": [width, sides[width][0]], "lambda_in": [sides[width][1]]}
     shapes |= {"q_out": [out, sides[out][0]], "lambda_out": [sides[out][1]]}
-    packed = {name: [packed_elements(order)] for name, order in _orders(state, rank).items()}
+    packed = {name: [sum(map(packed_elements, orders))] for name, orders in _blocks(state, rank).items()}
+    for name, orders in (("q_in", state.input_blocks), ("q_out", state.output_blocks)):
+        if len(orders) > 1:
+            shapes[name] = [sum(order**2 for order in orders)]
     return {**shapes, **packed, "lambda_sum": [sides[out][1], sides[width][1]]}
 
 
-def _orders(state: LayerCurvature, rank: int | None) -> dict[str, int]:
-    """The order of each packed matrix of a state."""
-    orders = {"a_sum": state.width_in, "s_sum": state.d_out}
-    return {name: n for name, n in orders.items() if rank is None or n <= rank}
+def _blocks(state: LayerCurvature, rank: int | None) -> dict[str, tuple[int, ...]]:
+    """The orders of the blocks of each packed matrix of a state: one where it is whole."""
+    orders = {"a_sum": state.input_blocks, "s_sum": state.output_blocks}
+    return {name: blocks for name, blocks in orders.items() if rank is None or sum(blocks) <= rank}
+
+
+def as_kept(state: LayerCurvature, key: str, value: Tensor) -> Any:
+    """A tensor as it is stored, as the state has it: without a copy."""
+    orders = state.input_blocks if key in ("a_sum", "q_in") else state.output_blocks
+    if key in _FACTORS:
+        return (
+            PackedSymmetric.from_packed(value, *orders) if len(orders) == 1 else PackedBlocks.from_packed(value, orders)
+        )
+    return BlockBasis(value, orders) if key in ("q_in", "q_out") and len(orders) > 1 else value
 
 
 def stage_tensors(state: LayerCurvature, stage: str) -> dict[str, Tensor]:
     """What the stage left in the state, as it is stored: without copies."""
     values = {name: getattr(state, name) for name in STAGES[stage] if getattr(state, name) is not None}
-    return {n: v.data if isinstance(v, PackedSymmetric) else v for n, v in values.items()}
+    return {n: v if isinstance(v, Tensor) else v.data for n, v in values.items()}
 
 
 def write_stage(
@@ -253,7 +275,7 @@ def manifest_of(
     """The content of a manifest: `layers` with the counts of each, `files` with their entries."""
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if config.max_factor_order is None else BLOCKS_VERSION,
         "model_id": model_id,
         "config": to_dict(config),
         "conventions": CONVENTIONS,
@@ -316,13 +338,13 @@ def _check_model(model: nn.Module, states: Mapping[str, LayerCurvature], directo
 
 def set_tensor(state: LayerCurvature, key: str, value: Tensor, path: Path, rank: int | None = None) -> None:
     """Store one tensor of a file, if it is one of a state's and has its shape, with this rank."""
-    shape, orders = shapes_of(state, rank).get(key), _orders(state, rank)
+    shape = shapes_of(state, rank).get(key)
     if list(value.shape) != shape:
         raise StorageError(f"{path} has {key} of shape {list(value.shape)}; {state.name} takes {shape}")
     if rank is not None and value.data_ptr() % 64:
         # Products of thin matrices round by where in memory they begin, and a file has them anywhere.
         value = value.clone()
-    setattr(state, key, PackedSymmetric.from_packed(value, orders[key]) if key in orders else value)
+    setattr(state, key, as_kept(state, key, value))
 
 
 def read_checked(directory: Path, name: str, digest: str) -> dict[str, Tensor]:
@@ -368,11 +390,12 @@ def read_manifest(directory: Path, *, unfinished: bool = False) -> dict[str, Any
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise StorageError(f"{directory} has format {manifest.get('format')!r}; it must be {FORMAT!r}")
-    if manifest.get("version") != VERSION:
-        raise StorageError(f"{directory} has version {manifest.get('version')!r}; this kfade reads {VERSION}")
+    version = manifest.get("version")
+    if version not in (VERSION, BLOCKS_VERSION):
+        raise StorageError(f"{directory} has version {version!r}; this kfade reads {VERSION} and {BLOCKS_VERSION}")
     fit = manifest.get("fit", {})
     if not isinstance(fit, dict):
-        raise StorageError(f"{directory / MANIFEST} is not a manifest of version {VERSION}: its fit is no object")
+        raise StorageError(f"{directory / MANIFEST} is not a manifest of version {version}: its fit is no object")
     if not unfinished and fit.get("finished") is False:
         raise StorageError(f"{directory} holds an unfinished fit; the same call of fit goes on with it")
     return manifest
@@ -403,7 +426,9 @@ def load_curvature(directory: Path, model: nn.Module | None = None) -> tuple[Fit
         for state in states.values():
             states[state.group]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StorageError(f"{directory / MANIFEST} is not a manifest of version {VERSION}: {error}") from error
+        raise StorageError(
+            f"{directory / MANIFEST} is not a manifest of version {manifest['version']}: {error}"
+        ) from error
     if model is not None:
         _check_model(model, states, directory)
     for name, (state, digest) in owners.items():

@@ -110,6 +110,10 @@ def check_tracking(config: FitConfig | None, every: int, decay: float) -> FitCon
         )
     if config.rank is not None:
         raise ValueError(f"config.rank is {config.rank}; it must be None: running factors are kept whole")
+    if config.max_factor_order is not None:
+        raise ValueError(
+            f"config.max_factor_order is {config.max_factor_order}; it must be None: running factors are kept whole"
+        )
     _integer("every", every, 1)
     _number("decay", decay, minimum=0.0)
     if decay > 1:

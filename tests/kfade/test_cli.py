@@ -288,6 +288,19 @@ def test_a_rank(home: Path, tmp_path: Path) -> None:
     assert "rank is 0; it must be at least 1" in refused(*quick(home, tmp_path / "w"), "--rank", 0)
 
 
+def test_a_greatest_order_of_factors(home: Path, tmp_path: Path) -> None:
+    """A fit in blocks saves itself as it goes, and is used like a whole one."""
+    done("fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "f", "--max-factor-order", 20, "--quiet")
+    manifest = json.loads((tmp_path / "f" / "manifest.json").read_text())
+    assert (manifest["version"], manifest["config"]["max_factor_order"], manifest["fit"]["finished"]) == (2, 20, True)
+    arguments = ("--factors", tmp_path / "f", "--max-factor-order", 20, "--quiet", "--json")
+    values = json.loads(done(*quick(home, tmp_path / "u"), *arguments).stdout)
+    assert values["configuration"]["max_factor_order"] == 20 and values["unlearn"]["outcome"]["measured_kl"] > 0
+    words = ("--max-factor-order", 20, "--rank", 3)
+    assert "rank is 3 and max_factor_order is 20; at most one" in refused(*quick(home, tmp_path / "w"), *words)
+    assert "max_factor_order is 1; it must be at least 2" in refused(*quick(home, tmp_path / "w"), *words[:1], 1)
+
+
 def test_only_the_answer_can_be_unlearned(home: Path, tmp_path: Path) -> None:
     values = json.loads(done(*quick(home, tmp_path / "o"), "--loss-on", "answer", "--quiet", "--json").stdout)
     assert values["configuration"]["loss_on"] == "answer"

@@ -141,7 +141,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda d: (d / "manifest.json").write_text("[]"), "holds a list"),
     "empty object": (lambda d: (d / "manifest.json").write_text("{}"), "has format None"),
     "foreign format": (lambda d: rewrite(d, lambda m: m.update(format="weights")), "has format 'weights'"),
-    "future version": (lambda d: rewrite(d, lambda m: m.update(version=2)), "has version 2; this kfade reads 1"),
+    "future version": (lambda d: rewrite(d, lambda m: m.update(version=3)), "has version 3; this kfade reads 1 and 2"),
     "no layers": (lambda d: rewrite(d, lambda m: m.pop("layers")), "is not a manifest"),
     "no files": (lambda d: rewrite(d, lambda m: m.pop("files")), "is not a manifest"),
     "layer without counts": (lambda d: rewrite(d, lambda m: m["layers"]["up"].pop("d_in")), "is not a manifest"),

@@ -29,6 +29,7 @@ def fit(
     autocast: opt.Autocast = opt.FIT.autocast,
     temperature: opt.Temperature = opt.FIT.temperature,
     rank: opt.Rank = opt.FIT.rank,
+    max_factor_order: opt.MaxFactorOrder = opt.FIT.max_factor_order,
     decomposition: opt.Decomposition = opt.FIT.decomposition,
     basis_share: opt.BasisShare = opt.FIT.basis_share,
     basis: Annotated[
@@ -133,6 +134,7 @@ def plan(
     device_memory: opt.DeviceMemory = opt.FIT.device_memory,
     autocast: opt.Autocast = opt.FIT.autocast,
     rank: opt.Rank = opt.FIT.rank,
+    max_factor_order: opt.MaxFactorOrder = opt.FIT.max_factor_order,
     decomposition: opt.Decomposition = opt.FIT.decomposition,
     basis_share: opt.BasisShare = opt.FIT.basis_share,
     dtype: opt.Dtype = "float32",
@@ -157,8 +159,8 @@ def plan(
 
     options = FitConfig(
         curvature=curvature, fisher=fisher, modules=modules, samples=samples, layers_per_pass=layers_per_pass,
-        device_memory=device_memory, autocast=autocast, rank=rank, decomposition=decomposition,
-        basis_share=basis_share,
+        device_memory=device_memory, autocast=autocast, rank=rank, max_factor_order=max_factor_order,
+        decomposition=decomposition, basis_share=basis_share,
     )  # fmt: skip
     start_progress(quiet)
     found = plan_of(model, tokens, seq_len, options, batch_size=batch_size, device=device, devices=devices, dtype=dtype)

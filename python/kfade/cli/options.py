@@ -184,6 +184,15 @@ Rank = Annotated[
         rich_help_panel=CURVATURE,
     ),
 ]
+MaxFactorOrder = Annotated[
+    int | None,
+    typer.Option(
+        "--max-factor-order",
+        help="Cut each factor of a higher order into diagonal blocks of at most this order.",
+        show_default="whole",
+        rich_help_panel=CURVATURE,
+    ),
+]
 
 Decomposition = Annotated[
     str,

@@ -49,6 +49,7 @@ def unlearn(
     autocast: opt.Autocast = opt.UNLEARN.fit.autocast,
     temperature: opt.Temperature = opt.UNLEARN.fit.temperature,
     rank: opt.Rank = opt.UNLEARN.fit.rank,
+    max_factor_order: opt.MaxFactorOrder = opt.UNLEARN.fit.max_factor_order,
     decomposition: opt.Decomposition = opt.UNLEARN.fit.decomposition,
     basis_share: opt.BasisShare = opt.UNLEARN.fit.basis_share,
     checkpoint_seconds: opt.CheckpointSeconds = opt.UNLEARN.fit.checkpoint_seconds,

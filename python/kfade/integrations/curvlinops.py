@@ -162,6 +162,11 @@ def set_factors_(operator: Any, curvature: Curvature, model: nn.Module) -> None:
         raise ValueError(
             f"curvature was fitted with rank {curvature.config.rank}; it must be fitted with rank None to have factors"
         )
+    if curvature.config.max_factor_order is not None:
+        raise ValueError(
+            f"curvature was fitted with max_factor_order {curvature.config.max_factor_order}; it must be fitted with"
+            " max_factor_order None to have whole factors"
+        )
     fisher, names = _fisher_of(operator), _layer_names(operator, model)
     if fisher != curvature.config.fisher:
         raise ValueError(
