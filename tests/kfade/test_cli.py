@@ -289,10 +289,12 @@ def test_a_rank(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_greatest_order_of_factors(home: Path, tmp_path: Path) -> None:
-    """A fit in blocks saves itself as it goes, and is used like a whole one."""
-    done("fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "f", "--max-factor-order", 20, "--quiet")
-    manifest = json.loads((tmp_path / "f" / "manifest.json").read_text())
+    """A fit in blocks saves itself as it goes, and is planned and used like a whole one."""
+    fitted = done("fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "f", "--max-factor-order", 20,
+                  "--quiet", "--json")  # fmt: skip
+    values, manifest = json.loads(fitted.stdout), json.loads((tmp_path / "f" / "manifest.json").read_text())
     assert (manifest["version"], manifest["config"]["max_factor_order"], manifest["fit"]["finished"]) == (2, 20, True)
+    assert values["plan"]["max_factor_order"] == 20
     arguments = ("--factors", tmp_path / "f", "--max-factor-order", 20, "--quiet", "--json")
     values = json.loads(done(*quick(home, tmp_path / "u"), *arguments).stdout)
     assert values["configuration"]["max_factor_order"] == 20 and values["unlearn"]["outcome"]["measured_kl"] > 0

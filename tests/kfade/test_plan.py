@@ -124,6 +124,41 @@ def test_low_rank_by_hand(tmp_path: Path) -> None:
     assert whole.stages == wide.stages
 
 
+def test_blocks_by_hand(tmp_path: Path) -> None:
+    llama(1).save_pretrained(tmp_path)
+    # INNER and WIDTH by the fewest blocks of at most 250, in steps of 8.
+    n, a, s = 4096, (216, 216, 208), (128, 128)
+    found, whole = (planned(tmp_path, max_factor_order=x, modules="down_proj") for x in (250, None))
+    squares, cubes = (sum(m**power for m in (*a, *s)) for power in (2, 3))
+    assert found.stage("factors").flops == n * squares
+    assert found.stage("decomposition").flops == pytest.approx(10 / 3 * cubes)
+    assert found.stage("decomposition").seconds == pytest.approx(sum(1e-9 * m**3 + 1e-6 * m**2 for m in (*a, *s)))
+    assert found.stage("correction").flops == 2 * n * squares + 2 * n * INNER * WIDTH
+    # Each side of [WIDTH, INNER] is rotated there and back, by its blocks.
+    assert found.stage("solve").flops == 4 * INNER * sum(m**2 for m in s) + 4 * WIDTH * sum(m**2 for m in a)
+    sums = sum(packed(m) for m in (*a, *s))
+    assert found.stage("saving").disk_bytes == 4 * (sums + squares + INNER * WIDTH)
+    memory, before = ({m.stage: m for m in x.memory} for x in (found, whole))
+    assert memory["factors A, S"].accumulators == 4 * sums
+    # At the last of three blocks; their eigenvectors are then laid end to end, which takes less.
+    assert memory["eigendecomposition"].workspace == 4 * (3 * 216**2 + sum(m**2 for m in a))
+    assert memory["eigenvalues Λ"].eigenvectors == 4 * squares
+    assert memory["eigenvalues Λ"].eigenvalues == before["eigenvalues Λ"].eigenvalues
+    assert found.peak_bytes < whole.peak_bytes and found.max_factor_order == 250
+    assert any("2 factors of an order beyond 250 are in blocks" in reason for reason in found.reasons)
+    # A limit that no factor reaches changes nothing.
+    assert planned(tmp_path, max_factor_order=INNER, modules="down_proj").stages == whole.stages
+
+
+@pytest.mark.parametrize("length", [64, 1024])
+@pytest.mark.parametrize("autocast", ["off", "bfloat16", "float16"])
+def test_blocks_are_rotated_as_tokens_whatever_the_length(tmp_path: Path, autocast: str, length: int) -> None:
+    llama(1, max_position_embeddings=2048).save_pretrained(tmp_path)
+    found = planned(tmp_path, 4096, length, max_factor_order=256, autocast=autocast)
+    squares = 2 * WIDTH**2 + 3 * (216**2 * 2 + 208**2)  # gate and up share their input
+    assert found.stage("correction").flops == 2 * 4096 * squares + 3 * 2 * 4096 * WIDTH * INNER
+
+
 def test_layers_that_share_an_input_are_counted_once(tmp_path: Path) -> None:
     llama(1).save_pretrained(tmp_path)
     found = planned(tmp_path)
@@ -352,6 +387,7 @@ print(json.dumps({
         {"kind": "gpt2", "padding": 9},
         {"dtype": "bfloat16"},
         {"curvature": "kfac", "threads": 2},
+        {"max_factor_order": 512, "padding": 9},
     ],
     ids=str,
 )

@@ -59,7 +59,7 @@ def _plan(name: str, model: Model, parameters: int, limit: float | None) -> Plan
     passes = in_passes(model.layers, at_most)
     peak, load = highest(model, memory), model.load
     return Plan(
-        name, model.config.curvature, model.config.rank, model.config.basis_share,
+        name, model.config.curvature, model.config.rank, model.config.max_factor_order, model.config.basis_share,
         str(model.dtype).removeprefix("torch."), model.rates.name, model.devices,
         load.tokens, load.sequences, load.size, load.length, parameters, tuple(x.name for x in model.layers),
         at_most, len(passes), model.stored, tuple(model.stages(passes)), tuple(memory),

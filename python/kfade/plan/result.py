@@ -90,6 +90,7 @@ class Plan:
         model: name, directory or file.
         curvature: of the fit.
         rank: of low-rank factors; None for full ones.
+        max_factor_order: a factor of a higher order is in blocks; None for whole ones.
         basis_share: of a fit in one pass, the share of the data that gives A and S; None where all gives everything.
         dtype: of the weights.
         device, devices: kind, and how many share the work. More than one is an estimate only.
@@ -110,6 +111,7 @@ class Plan:
     model: str
     curvature: str
     rank: int | None
+    max_factor_order: int | None
     basis_share: float | None
     dtype: str
     device: str

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from kfade_kernels import cost
+from kfade_kernels.blocks import split
 from kfade_kernels.configurations import Configuration
 from kfade_kernels.eigenvalue_correction.pytorch import TILE_ELEMENTS
 from kfade_kernels.packed import PANEL_ROWS, packed_elements
@@ -71,11 +72,22 @@ class Workload:
 
 @dataclass(frozen=True)
 class Side:
-    """One factor of a layer: what it takes to keep, fill and decompose, as triangle or as sketch."""
+    """One factor of a layer: what it takes to keep, fill and decompose, as triangle, in blocks, or as sketch."""
 
     order: int
     rank: int | None
     itemsize: int
+    limit: int | None = None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Orders of its blocks, one where it is whole."""
+        return split(self.order, self.limit)
+
+    @property
+    def squares(self) -> int:
+        """Elements of the blocks: `n²` where it is whole."""
+        return sum(m**2 for m in self.blocks)
 
     @property
     def thin(self) -> bool:
@@ -94,7 +106,9 @@ class Side:
     @property
     def accumulator(self) -> int:
         """Bytes: a packed triangle, or `Y [n, k + p]`."""
-        return self.itemsize * (self.order * self.sketched if self.thin else packed_elements(self.order))
+        if self.thin:
+            return self.itemsize * self.order * self.sketched
+        return self.itemsize * sum(map(packed_elements, self.blocks))
 
     @property
     def kept(self) -> int:
@@ -103,7 +117,7 @@ class Side:
 
     @property
     def eigenvectors(self) -> int:
-        return self.itemsize * self.order * self.columns
+        return self.itemsize * (self.order * self.columns if self.thin else self.squares)
 
     @property
     def values(self) -> int:
@@ -111,26 +125,33 @@ class Side:
         return self.columns + int(self.thin)
 
     def fill_flops(self, rows: float) -> float:
-        """`N·n²` with symmetry, or `4·N·n·(k + p)`: `Y += xᵀ(xΩ)`."""
-        return 4.0 * rows * self.order * self.sketched if self.thin else rows * float(self.order) ** 2
+        """`N·n²` with symmetry, summed over blocks; or `4·N·n·(k + p)`: `Y += xᵀ(xΩ)`."""
+        return 4.0 * rows * self.order * self.sketched if self.thin else rows * float(self.squares)
+
+    def turn_flops(self, rows: float) -> float:
+        """Of rotating rows into the basis: `2·N·n·k`, or `2·N·n²` summed over blocks."""
+        return 2.0 * rows * (self.order * self.columns if self.thin else self.squares)
 
     def decompose_flops(self) -> float:
         """The floor of `eigh`, `10/3·n³`; or Nyström: two orthogonalisations, `8·n·(k + p)²`, and one small `eigh`."""
         if not self.thin:
-            return cost.eigh(self.order, torch.float32).flops
+            return sum(cost.eigh(m, torch.float32).flops for m in self.blocks)
         return 8.0 * self.order * self.sketched**2 + cost.eigh(self.sketched, torch.float32).flops
 
     def decompose_seconds(self, rates: Rates, dtype: torch.dtype) -> float:
         if not self.thin:
-            return rates.eigh(self.order, dtype)
+            return sum(rates.eigh(m, dtype) for m in self.blocks)
         return 8.0 * self.order * self.sketched**2 / rates.products(dtype) + rates.eigh(self.sketched, dtype)
 
     @property
     def decompose_bytes(self) -> int:
-        """Workspace: the dense matrices of `eigh`, or three copies of the sketch."""
+        """Workspace: the dense matrices of `eigh`, or three copies of the sketch.
+
+        Of blocks, the eigenvectors of those that are done wait for the last, and are then laid end to end.
+        """
         if self.thin:
             return 3 * self.itemsize * self.order * self.sketched
-        return EIGH_MATRICES * self.itemsize * self.order**2
+        return self.itemsize * max((EIGH_MATRICES - 1) * max(self.blocks) ** 2 + self.squares, 2 * self.squares)
 
 
 class Model:
@@ -145,8 +166,9 @@ class Model:
         self.compute = dtype if config.autocast == "off" else getattr(torch, config.autocast)
         self.state = torch.float64 if dtype == torch.float64 else torch.float32
         self.itemsize = self.state.itemsize
-        self.input = {x.name: Side(x.width_in, config.rank, self.itemsize) for x in layers if x.leads}
-        self.output = {x.name: Side(x.d_out, config.rank, self.itemsize) for x in layers}
+        options = config.rank, self.itemsize, config.max_factor_order
+        self.input = {x.name: Side(x.width_in, *options) for x in layers if x.leads}
+        self.output = {x.name: Side(x.d_out, *options) for x in layers}
         # Of the data, what each stage that sees data goes through.
         self.factor_share = config.basis_share or 1.0
         self.correction_share = 1.0 - (config.basis_share or 0.0)
@@ -230,11 +252,17 @@ class Model:
             return float(total + s * rows * (out.columns + into.columns) + 2 * s * out.columns * into.columns)
         paired = item == 2 and multiplies_bf16(self.rates.kind)
         rotated = item if paired else s
-        by_tokens = rotates_tokens(self.load.length, group_out), rotates_tokens(self.load.length, width)
+        cut = len(into.blocks) > 1, len(out.blocks) > 1
+        by_tokens = (
+            cut[0] or rotates_tokens(self.load.length, group_out), cut[1] or rotates_tokens(self.load.length, width),
+        )  # fmt: skip
         total += rows * width * rotated if by_tokens[0] or rotates_tokens(self.load.length, d_out) else 0
         total += rows * d_out * rotated if by_tokens[1] else 0
+        # Blocks of rotated tokens are laid side by side.
+        total += rows * rotated * max(width * cut[0], d_out * cut[1])
         if item == 2:  # a pair is laid end to end, or added up to float32 again where 16 bit is slow
-            total += 2 * rows * max(d_out, width) * item if paired else 12 * max(d_out, width) ** 2
+            widest = max(*into.blocks, *out.blocks)
+            total += 2 * rows * widest * item if paired else 12 * widest**2
         if all(by_tokens):
             total += self._tile(d_out, width)
             return float(total + (rows * (d_out + width) * s if rotated != s and self.on_cpu else 0))
@@ -303,7 +331,7 @@ class Model:
         sides.sort(key=lambda side: -side.decompose_flops())
         best: MemoryPlan | None = None
         for i, side in enumerate(sides):
-            at_once = 1 if side.order >= ALONE else self.rates.threads
+            at_once = 1 if max(side.blocks) >= ALONE else self.rates.threads
             work = float(sum(s.decompose_bytes for s in sides[i : i + at_once]))
             moment = MemoryPlan("eigendecomposition", *base, sums, vectors, 0.0, 0.0, work)
             if best is None or moment.total > best.total:
@@ -385,7 +413,8 @@ class Model:
     def _decomposition_stage(self, runs: int) -> StagePlan:
         sides = [*self.input.values(), *self.output.values()]
         flops = sum(side.decompose_flops() for side in sides)
-        moved = sum(cost.eigh(s.sketched if s.thin else s.order, self.state).bytes for s in sides)
+        orders = [n for s in sides for n in ([s.sketched] if s.thin else s.blocks)]
+        moved = sum(cost.eigh(n, self.state).bytes for n in orders)
         times = sorted((side.decompose_seconds(self.rates, self.state) for side in sides), reverse=True)
         # Longest first, each to the device, or thread, that is free first.
         busy = [0.0] * (self.devices * self.rates.threads)
@@ -418,6 +447,8 @@ class Model:
             )
             return list(found.parts)
         out, into = self.output[layer.name], self.input[layer.group]
+        if len(out.blocks) > 1 or len(into.blocks) > 1:
+            return self._parts_in_blocks(layer, out, into)
         if not (out.thin or into.thin):
             found = cost.eigenvalue_correction(
                 size, length, layer.d_out, layer.width_in, compute, Configuration(128, 128, 64)
@@ -440,17 +471,30 @@ class Model:
             cost.Part("norms of the tails", tails, tails, turned, precision),
         ]
 
+    def _parts_in_blocks(self, layer: Layer, out: Side, into: Side) -> list[cost.Part]:
+        """For one batch: tokens are rotated block by block, as if those of a whole side were too, shared ones once."""
+        load, c = self.load, Configuration(128, 128, 64)
+        # Eigenvectors come in float32 or as a bfloat16 pair.
+        compute = torch.float32 if self.compute == torch.float16 else self.compute
+        sides = [out, into] if layer.leads else [out]
+        turned = [cost.rotate(load.rows, m, compute, c) for side in sides for m in side.blocks]
+        found = cost.eigenvalue_correction(
+            load.size, load.length, layer.d_out, layer.width_in, compute, c, rotated=True
+        )
+        return [*turned, *found.parts]
+
     def _solve_stage(self) -> StagePlan:
         """One gradient of each layer, in float32: rotate in and back; a tail is one scalar."""
         flops = moved = 0.0
         for x in self.layers:
             k_out, k_in = x.d_out, x.width_in
             if self.has_factors:
-                k_out, k_in = self.output[x.name].columns, self.input[x.group].columns
-                flops += 4.0 * x.d_out * x.width_in * (k_out + k_in)
+                out, into = self.output[x.name], self.input[x.group]
+                k_out, k_in = out.columns, into.columns
+                flops += 2 * (out.turn_flops(x.width_in) + into.turn_flops(x.d_out))
                 # Without eigenvectors as much for the triangular solves, after the factorisations.
-                flops += 0.0 if self.decomposes else (k_out**3 + k_in**3) / 3
-                moved += self.itemsize * (x.d_out * k_out + x.width_in * k_in)
+                flops += 0.0 if self.decomposes else sum(m**3 for m in (*out.blocks, *into.blocks)) / 3
+                moved += out.eigenvectors + into.eigenvectors
             moved += self.itemsize * (2.0 * x.d_out * x.width_in + k_out * k_in)
         flops, moved = flops / self.devices, moved / self.devices
         return StagePlan("solve", 1, flops, moved, self._seconds(flops, moved, self.state))

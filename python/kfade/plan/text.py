@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from ..layers import Layer, in_passes
 from ..progress import seconds_text
@@ -54,6 +54,13 @@ def reasons(model: Model, at_most: int | None, memory: list[MemoryPlan], limit: 
         )
     if any(side.thin for side in [*model.input.values(), *model.output.values()]):
         found.append("Low-rank factors are sketched: no matrix of the square of a layer's width exists.")
+    cut = [side for side in [*model.input.values(), *model.output.values()] if len(side.blocks) > 1]
+    if cut:
+        found.append(
+            f"{len(cut)} factors of an order beyond {model.config.max_factor_order} are in blocks: they take"
+            f" {gib(sum(side.accumulator + side.eigenvectors for side in cut))} with their eigenvectors, instead of"
+            f" {gib(sum(x.accumulator + x.eigenvectors for x in (replace(side, limit=None) for side in cut)))}."
+        )
     return found
 
 
