@@ -15,16 +15,10 @@ from ..rotation import rotate, rotates_tokens
 from ..rotation.reference import result_dtype
 from ..triton_support import rows_of
 from .pytorch import TILE_ELEMENTS, describe_sides
-from .reference import sequences
+from .reference import sequences, tokens_of
 
 # Into a Λ that is one tile to PyTorch, float32 gains 1.4 with 32 tokens a sequence, and nothing from so many on.
 MANY_TOKENS = 256
-
-
-def _tokens(g: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Rows of a sequence, on average."""
-    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return -(-g.shape[:-1].numel() // max(1, batch))
 
 
 def _in_pairs(g: Tensor, a: Tensor, q_out: Tensor | None, q_in: Tensor | None) -> bool:
@@ -75,7 +69,7 @@ def refuses(
         return reason
     if 1 not in lam.stride():
         return "lam is stored neither by rows nor by columns"
-    tokens = _tokens(g, cu_seqlens)
+    tokens = tokens_of(g, cu_seqlens)
     for side, q, width in (("output", q_out, lam.shape[1]), ("input", q_in, lam.shape[0])):
         if q is not None and not rotates_tokens(tokens, width):
             return f"the {side} side is rotated as gradient"
@@ -100,5 +94,5 @@ def configuration(
     cu_seqlens: Tensor | None,
 ) -> str:
     return ", ".join(
-        [support.describe(_in_pairs(g, a, q_out, q_in)), *describe_sides(lam, _tokens(g, cu_seqlens), q_out, q_in)]
+        [support.describe(_in_pairs(g, a, q_out, q_in)), *describe_sides(lam, tokens_of(g, cu_seqlens), q_out, q_in)]
     )

@@ -15,6 +15,7 @@ from .. import cuda_support as cuda
 from ..rotation import rotate, rotates_tokens
 from ..rotation.reference import result_dtype
 from ..triton_support import address, as_bytes, short
+from .reference import batch_of, tokens_of
 from .triton import SMALLEST_WIDTH, splits_of
 
 
@@ -35,8 +36,7 @@ def _apart(x: Tensor) -> bool:
 def add_squares(lam: Tensor, g: Tensor, a: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """`lam += Σ_b (g_bᵀ a_b)∘²`; g and a dense `[B, T, ·]`, or packed `[N, ·]` with `cu_seqlens [B + 1]`."""
     packed = cu_seqlens is not None
-    batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else g.shape[0]
-    rows = g.shape[:-1].numel()
+    batch, rows = batch_of(g, cu_seqlens), g.shape[:-1].numel()
     if batch == 0 or rows == 0:
         return
     library, where = cuda.library(), lam.device
@@ -104,8 +104,7 @@ def refuses(
         return "rows do not begin and end on 16 bytes"
     if any(q is None and not _apart(x) for x, q in ((g, q_out), (a, q_in))):
         return "sequences overlap, or are not whole rows apart"
-    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tokens = -(-g.shape[:-1].numel() // max(1, batch))
+    tokens = tokens_of(g, cu_seqlens)
     if tokens <= 1 and cu_seqlens is None:
         return "sequences of one token are a product of squares"
     for q, width in ((q_out, lam.shape[1]), (q_in, lam.shape[0])):
@@ -125,8 +124,7 @@ def configuration(
     cu_seqlens: Tensor | None,
 ) -> str:
     form = cuda.form_at("eigenvalue_correction", lam.device)
-    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = g.shape[:-1].numel()
+    batch, rows = batch_of(g, cu_seqlens), g.shape[:-1].numel()
     if batch == 0 or rows == 0:
         return "no rows"
     parts = _parts(lam, batch, rows, form)

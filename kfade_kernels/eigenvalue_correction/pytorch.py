@@ -21,7 +21,7 @@ from ..precision import HAS_BF16_OPERANDS, bf16_operands, multiplies_as_they_are
 from ..rotation import rotate, rotates_tokens
 from ..rotation.reference import basis
 from ..syrk.reference import append_ones
-from .reference import sequences
+from .reference import batch_of, sequences, tokens_of
 
 TILE_ELEMENTS = 1 << 20
 
@@ -71,13 +71,12 @@ def run(
     ones_column: bool,
     cu_seqlens: Tensor | None,
 ) -> None:
-    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = g.shape[:-1].numel()
+    batch, rows = batch_of(g, cu_seqlens), g.shape[:-1].numel()
     if batch == 0 or rows == 0:
         return
     # A sequence without tokens adds nothing.
     parts = [(start, stop) for start, stop in sequences(batch, rows, cu_seqlens) if start < stop]
-    tokens = -(-rows // batch)
+    tokens = tokens_of(g, cu_seqlens)
     g, a = g.flatten(0, -2), a.flatten(0, -2)
     # Looking at the mask would wait for a GPU longer than dropping nothing takes.
     if mask is not None and (mask.is_cuda or not bool(mask.all())):
@@ -120,10 +119,9 @@ def configuration(
     ones_column: bool,
     cu_seqlens: Tensor | None,
 ) -> str:
-    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     narrow = g.dtype == a.dtype == torch.bfloat16 and HAS_BF16_OPERANDS
     rows = max(1, min(lam.shape[0], TILE_ELEMENTS // lam.shape[1]))
-    sides = describe_sides(lam, -(-g.shape[:-1].numel() // max(1, batch)), q_out, q_in)
+    sides = describe_sides(lam, tokens_of(g, cu_seqlens), q_out, q_in)
     return ", ".join([f"tiles of {rows} rows", *sides, "bf16 operands" if narrow else str(lam.dtype)])
 
 

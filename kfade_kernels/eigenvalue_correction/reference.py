@@ -10,6 +10,16 @@ from ..rotation.reference import basis
 from ..syrk.reference import append_ones
 
 
+def batch_of(g: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences there are."""
+    return g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def tokens_of(g: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Rows of a sequence, on average."""
+    return -(-g.shape[:-1].numel() // max(1, batch_of(g, cu_seqlens)))
+
+
 def sequences(batch: int, rows: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
     """First and last row of each sequence, among the rows of all of them laid end to end."""
     if cu_seqlens is None:

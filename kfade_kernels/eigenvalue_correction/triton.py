@@ -24,7 +24,7 @@ from ..rotation.reference import basis
 from ..syrk.reference import append_ones
 from ..syrk.triton import ATTAINED
 from .pytorch import describe_sides
-from .reference import sequences
+from .reference import batch_of, sequences, tokens_of
 
 # Gradients of sequences in float32 that exist at once beyond the crossover.
 GRADIENT_BYTES = 256 << 20
@@ -53,7 +53,7 @@ class Squares:
 
     @property
     def batch(self) -> int:
-        return self.left.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return batch_of(self.left, self.cu_seqlens)
 
     @property
     def inner(self) -> int:
@@ -168,12 +168,11 @@ def run(
     ones_column: bool,
     cu_seqlens: Tensor | None,
 ) -> None:
-    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = g.shape[:-1].numel()
+    batch, rows = batch_of(g, cu_seqlens), g.shape[:-1].numel()
     if batch == 0 or rows == 0:
         return
     d_out, d_in = lam.shape
-    tokens = -(-rows // batch)
+    tokens = tokens_of(g, cu_seqlens)
     if q_out is not None and rotates_tokens(tokens, d_in):
         g, q_out = rotate(g, q_out), None
     if q_in is not None and rotates_tokens(tokens, d_out):
@@ -228,8 +227,7 @@ def configuration(
     ones_column: bool,
     cu_seqlens: Tensor | None,
 ) -> str:
-    batch = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tokens = -(-g.shape[:-1].numel() // max(1, batch))
+    batch, tokens = batch_of(g, cu_seqlens), tokens_of(g, cu_seqlens)
     sides = describe_sides(lam, tokens, q_out, q_in)
     c = configure(g, a, all(_aligned(x) for x in (lam, g, a)))
     tiles = -(-lam.shape[0] // c.block_m) * -(-lam.shape[1] // c.block_n)
