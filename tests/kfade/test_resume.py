@@ -25,7 +25,7 @@ from torch import Tensor
 import kfade
 import kfade.resume
 import kfade.storage
-from kfade import Curvature, FitConfig, StorageError
+from kfade import Curvature, FitConfig, StorageError, decomposition
 from kfade.loss import Head
 
 BATCHES = [batch(padding, seed=seed) for seed, padding in enumerate(("right", "none", "left", "right", "none"))]
@@ -91,7 +91,7 @@ class Work:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = {"batch": 0, "factor": 0}
         self._at: tuple[str, int, Callable[[], None]] | None = None
-        sampled, decompose = Head.sampled, kfade.fit.__globals__["decompose"]
+        sampled, decompose = Head.sampled, decomposition.decompose
 
         def counting(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **named: Any) -> Any:
@@ -104,7 +104,7 @@ class Work:
             return call
 
         monkeypatch.setattr(Head, "sampled", counting("batch", sampled))
-        monkeypatch.setitem(kfade.fit.__globals__, "decompose", counting("factor", decompose))
+        monkeypatch.setattr(decomposition, "decompose", counting("factor", decompose))
 
     def at(self, kind: str, number: int, action: Callable[[], None]) -> None:
         """From now on, call this after `number` more."""
@@ -364,6 +364,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)  # a forked process has none of its parent's threads
 import kfade, kfade.resume, kfade.storage
+from kfade import decomposition
 from kfade.loss import Head
 from test_resume import BATCHES, OPTIONS
 from dataclasses import replace
@@ -374,7 +375,7 @@ model, options = tiny("llama", torch.float32), replace(OPTIONS, curvature=curvat
 if how == "quickly":
     options = replace(options, samples=1, layers_per_pass=None)
 kfade.resume.CHECKPOINT_SHARE = 1e9
-dice, lock, fit_globals = random.Random(seed), threading.Lock(), kfade.fit.__globals__
+dice, lock = random.Random(seed), threading.Lock()
 
 
 def run(store, fatal):
@@ -404,7 +405,7 @@ def run(store, fatal):
 
     kfade.storage.save_file = save_file
     kfade.storage.sync = kfade.resume.sync = watched(kfade.storage.sync)  # written, not yet in its place
-    Head.sampled, fit_globals["decompose"] = watched(Head.sampled), watched(fit_globals["decompose"])
+    Head.sampled, decomposition.decompose = watched(Head.sampled), watched(decomposition.decompose)
     kfade.fit(model, BATCHES, options, store=store)
     os.write(1, f"events {events}\\n".encode())
     os._exit(0)
