@@ -606,7 +606,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "corrupt": (corrupt("0*.factors.*"), r"0000.factors.safetensors is corrupt: .* remove that file"),
     "truncated": (cut_short, "is corrupt.*remove that file"),
     "foreign": (lambda d: rewrite(d, lambda m: m.update(format="weights")), "has format 'weights'"),
-    "future": (lambda d: rewrite(d, lambda m: m.update(version=2)), "has version 2; this kfade reads 1"),
+    "future": (lambda d: rewrite(d, lambda m: m.update(version=3)), "has version 3; this kfade reads 1 and 2"),
     "truncated manifest": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     "no fit": (lambda d: rewrite(d, lambda m: m.update(fit=3)), "its fit is no object"),
     "nothing of the fit": (lambda d: rewrite(d, lambda m: m.update(fit={})), "is not a manifest of a fit"),
