@@ -596,9 +596,16 @@ def test_a_rank_says_which_it_is_when_it_fails(home: Path, tmp_path: Path) -> No
         assert code == 2 and "factors are to be kept by 2 processes" in error
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+# Its launcher of several GPUs is the one that sets ranks without MPI; the processes may compute on the CPU.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_torchrun_starts_the_commands(home: Path, tmp_path: Path) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kfade"]
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_launchers_start_the_commands(launcher: list[str], home: Path, tmp_path: Path) -> None:
+    start = [sys.executable, "-m", *launcher, "-m", "kfade"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for words in (
         ["fit", *sources(home)[:2], *sources(home)[4:], "--out", tmp_path / "f", "--json"],
