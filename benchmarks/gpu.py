@@ -61,7 +61,7 @@ from kfade_kernels.triton_support import (  # noqa: E402
 from records import RESULTS, append, installed  # noqa: E402
 from suite import BATCH, CHECKS, EIGH, MODELS, PLAN, SEQUENCES, TOKENS, Make, Shape, Timing  # noqa: E402
 
-PARTS = ("correctness", "syrk", "grouped", "correction", "solve", "eigh", "fit", "cross-entropy", "apply")
+PARTS = ("correctness", "syrk", "grouped", "sketch", "correction", "solve", "eigh", "fit", "cross-entropy", "apply")
 PACKAGES = ("torch", "triton", "transformers", "kronfluence")
 REPEATS = 20
 # Exit codes of the process of a part, besides 0; of one that is killed for time.

@@ -75,6 +75,16 @@ CHECKS = {
         ],
         tiny=[(problems.outer_products, ([(40, 70), (24, 40), (40, 50), (24, 130)],), _ONES)],
     ),
+    "sketch_": Checks(
+        full=[
+            (problems.sketch, (1000, 300, 26), {}),
+            (problems.sketch, (20_000, 1024, 74), {}),
+            (problems.sketch, (4096, 1025, 138), {}),
+            (problems.sketch, (3000, 512, 64), _MASKED),
+            (problems.sketch, (3000, 257, 20), {**_MASKED, **_ONES}),
+        ],
+        tiny=[(problems.sketch, (700, 70, 6), {**_MASKED, **_ONES})],
+    ),
     "rotate": Checks(
         full=[
             (problems.rotation, (rows, width), options)
@@ -170,6 +180,11 @@ PLAN: dict[str, list[Timing]] = {
         *_grid(problems.outer_products, [([(rows, 2048)] * 8,) for rows in _ROWS[:2]], BF16),
         # A block of Qwen2.5-0.5B: inputs of the MLP, then the gradients of its outputs.
         *_grid(problems.outer_products, [([(4096, 896), (4096, 4864), (4096, 4864), (4096, 896)],)], BF16),
+    ],
+    "sketch": [
+        *_grid(problems.sketch, [(rows, order, 138) for order in (4096, 16384) for rows in _ROWS[:2]], BF16),
+        *_grid(problems.sketch, [(16384, 4096, columns) for columns in (26, 522)], BF16),
+        *_grid(problems.sketch, [(16384, 4096, 138)], F32),
     ],
     "correction": [
         *_grid(problems.correction, [(8, tokens, 4096, 11008) for tokens in (64, 512, 2048)], BF16),

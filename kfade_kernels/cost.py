@@ -21,6 +21,7 @@ from .configurations import Configuration
 from .devices import Device
 from .packed import packed_elements
 from .rotation import rotates_tokens
+from .sketch.split import part_rows
 from .syrk.triton import splits_of, tiles_of
 
 # Share of a peak that large products and copies reach. H100: cuBLAS reaches about 800 of 990 TFLOP/s in
@@ -240,6 +241,30 @@ def rotate(
         name, rows, width, width, precision, configuration,
         x=2.0 * rows * width * dtype.itemsize, q=float(_STATE_BYTES * width**2),
     )  # fmt: skip
+
+
+def sketch(
+    rows: int, order: int, columns: int, dtype: torch.dtype, configuration: Configuration, device: Device | None = None
+) -> Cost:
+    """`sketch_` of `x [N, n]` with Ω `[n, l]`: two products, `4·N·n·l` FLOPs in float32 grade.
+
+    Bytes at least: x once for each product and once for the trace, `x Ω` written and read, Ω, and the parts of the
+    result (as many as the rows are split in on the device, one without) written, then read and added to y.
+    """
+    c = configuration
+    x, projected, state = (float(n) for n in (
+        rows * order * dtype.itemsize, _STATE_BYTES * rows * columns, _STATE_BYTES * order * columns,
+    ))  # fmt: skip
+    step = part_rows(rows, order, columns, c, device) if device is not None else max(1, rows)
+    parts = _blocks(rows, step)
+    one = product("back", order, columns, min(step, rows), c.precision, c)
+    flops = 2.0 * rows * order * columns
+    return Cost("sketch_", (
+        product("project", rows, columns, order, c.precision, c, x=x, omega=state, p=projected),
+        replace(one, flops=flops, effective_flops=flops, bytes=x + projected + parts * state, tiles=parts * one.tiles),
+        Part("ordered sum", 0.0, 0.0, (parts + 2) * state),
+        Part("trace", 0.0, 0.0, x),
+    ))  # fmt: skip
 
 
 def eigenvalue_correction(

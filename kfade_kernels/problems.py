@@ -21,7 +21,7 @@ from . import cost
 from .accumulate_factors import accumulate_factors_
 from .apply_update import apply_update_
 from .configurations import Configuration, choose
-from .cost import Cost, Part
+from .cost import Cost
 from .devices import Device
 from .dispatch import KILL_SWITCH, Explanation, explain
 from .eigenvalue_correction import eigenvalue_correction_
@@ -325,32 +325,43 @@ def outer_products(
     )  # fmt: skip
 
 
-def sketch(rows: int, order: int, columns: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def sketch(
+    rows: int,
+    order: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    masked: bool = False,
+    ones_column: bool = False,
+) -> Problem:
     """`sketch_`: rows of one factor, and test vectors."""
-    x, omega = torch.randn(rows, order, device=device).to(dtype), torch.randn(order, columns, device=device)
+    mask = _mask([rows], masked, device)
+    x = _poisoned_rows(torch.randn(rows, order - int(ones_column), device=device).to(dtype), mask)
+    omega = torch.randn(order, columns, device=device)
     y, trace = torch.zeros_like(omega), torch.zeros((), device=device)
     dense = torch.zeros(order, order, device=device)
 
     def call(wide: bool) -> list[Tensor]:
         kind = torch.float64 if wide else torch.float32
         fresh = torch.zeros_like(omega, dtype=kind), torch.zeros_like(trace, dtype=kind)
-        sketch_(*fresh, _widen(x, wide), omega.to(kind))
+        sketch_(*fresh, _widen(x, wide), omega.to(kind), mask, ones_column=ones_column)
         return list(fresh)
 
-    def parts(c: Configuration) -> tuple[Part, ...]:
-        moved = {"x": float(rows * order * dtype.itemsize), "p": 4.0 * rows * columns, "y": 4.0 * order * columns}
-        return (
-            cost.product("project", rows, columns, order, c.precision, c, **moved),
-            cost.product("back", order, columns, rows, c.precision, c, **moved),
-        )
+    def two_products() -> None:
+        wide = x.float()
+        y.addmm_(wide.T, wide @ omega)
 
+    plain = {"two float32 products": two_products, "mm + add_ of the whole": lambda: dense.add_(_matrix_product(x))}
+    forms = f"{', masked' if masked else ''}{', ones' if ones_column else ''}"
     return Problem(
-        "sketch_", "", f"order {order}, {rows} rows, {columns} vectors", dtype, device, order,
-        run=lambda: sketch_(y, trace, x, omega),
+        "sketch_", "product", f"order {order}, {rows} rows, {columns} vectors{forms}", dtype, device, order,
+        run=lambda: sketch_(y, trace, x, omega, mask, ones_column=ones_column),
         results=call,
-        cost=lambda c, where: Cost("sketch_", parts(c)),
-        explain=lambda: explain("sketch_", y, trace, x, omega),
-        baselines={"mm + add_ of the whole": lambda: dense.add_(_matrix_product(x))},
+        cost=lambda c, where: cost.sketch(rows, order, columns, dtype, c, where),
+        explain=lambda: explain("sketch_", y, trace, x, omega, mask, ones_column=ones_column),
+        baselines={} if masked or ones_column else plain,
+        operands=torch.float32,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..dispatch import Backend, declare
-from . import pytorch, reference
+from . import pytorch, reference, triton
 
 
 def _prepare(
@@ -39,6 +39,7 @@ _sketch = declare(
     _prepare,
     lambda *_: None,
     [
+        Backend("triton", triton.run, triton.refuses, triton.configuration),
         Backend("pytorch", pytorch.run, pytorch.refuses, pytorch.configuration),
         Backend("reference", reference.run),
     ],

@@ -52,6 +52,16 @@ def test_few_tiles_are_split_and_summed() -> None:
     assert predict(found, H100).arithmetic_seconds < 0.2 * alone.arithmetic_seconds
 
 
+def test_a_sketch_is_two_skinny_products() -> None:
+    found = cost.sketch(16384, 4096, 138, BF16, EXACT, H100)
+    assert found.flops == 4 * 16384 * 4096 * 138
+    # 32 × 2 tiles for 132 programs: 2 parts, each written and read once more, and y read and written
+    assert [part.tiles for part in found.parts] == [128 * 2, 2 * 64, 0, 0]
+    x, projected, state = 2 * 16384 * 4096, 4 * 16384 * 138, 4 * 4096 * 138
+    assert found.bytes == 3 * x + 2 * projected + (1 + 2 + 4) * state
+    assert cost.sketch(16384, 4096, 138, BF16, EXACT).parts[1].tiles == 64
+
+
 def test_a_column_of_ones_is_read_not_multiplied() -> None:
     plain, ones = cost.syrk(100, 256, F32, EXACT), cost.syrk(100, 257, F32, EXACT, ones_column=True)
     assert ones.flops == plain.flops and ones.tiles == plain.tiles

@@ -7,7 +7,9 @@ from typing import Any
 import kfade_kernels as kk
 import pytest
 import torch
-from kfade_kernels.sketch import pytorch
+from kfade_kernels.configurations import Configuration
+from kfade_kernels.devices import H100
+from kfade_kernels.sketch import pytorch, split, triton
 from oracles import Sizes, assert_as_accurate, assert_close, outer_sum
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -38,6 +40,46 @@ def test_agrees_with_float64(
     assert_as_accurate(y, plain, true_y, times=8)
     # A few roundings of one number; in float64, what the order of 10⁵ sums does.
     assert float(trace) == pytest.approx(true_trace, rel=max(1e-13, 8 * torch.finfo(kind).eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "n", "columns"), [(700, 130, 6), (513, 64, 70), (1, 1, 1), (300, 33, 1)])
+def test_the_kernels_split_rows_in_order(
+    monkeypatch: pytest.MonkeyPatch, rows: int, n: int, columns: int, dtype: torch.dtype
+) -> None:
+    """Several parts, the last one short; one launch for each product, and the same bits twice."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("KFADE_ENABLE", "triton")
+    monkeypatch.setattr(split, "MOST_ROWS", 64)
+    asked: list[int] = []
+    multiply = triton.multiply
+    monkeypatch.setattr(triton, "multiply", lambda products: (asked.append(len(products)), multiply(products)))
+    x, omega = torch.randn(rows, n).to(dtype), torch.randn(n, columns)
+    assert kk.explain("sketch_", torch.zeros(n, columns), torch.zeros(()), x, omega).backend == "triton"
+    found = [(torch.zeros(n, columns), torch.zeros(())) for _ in "ab"]
+    for y, trace in found:
+        kk.sketch_(y, trace, x, omega)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert asked == [1, -(-rows // 64)] * 2
+    truth = outer_sum(x, None) @ omega.double()
+    plain = outer_sum(x, None, dtype=torch.float32) @ omega
+    # (xᵀx)Ω and xᵀ(xΩ) round differently; of a single row the plain one may be exact.
+    assert_as_accurate(found[0][0], plain, truth, times=8)
+    # A few roundings of one number.
+    assert float(found[0][1]) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "order", "columns"), [(1, 1, 1), (4096, 576, 74), (65536, 16384, 138), (10**7, 64, 26)]
+)
+def test_parts_of_rows(rows: int, order: int, columns: int) -> None:
+    """As many as fill a device, no sum longer than the flush, none so short that its traffic is all there is."""
+    c = Configuration(block_m=128, block_n=128, block_k=32)
+    step = split.part_rows(rows, order, columns, c, H100)
+    assert step % c.block_k == 0 and split.LEAST_ROWS <= step <= split.MOST_ROWS
+    tiles = -(-order // 128) * -(-columns // 128)
+    parts = -(-rows // step)
+    assert parts * tiles <= H100.multiprocessors or step == split.MOST_ROWS or parts == 1
 
 
 def test_no_square_matrix() -> None:

@@ -17,6 +17,7 @@ from kfade_kernels.eigenvalue_correction import triton as eigenvalue_correction
 from kfade_kernels.precision import multiplies_as_they_are
 from kfade_kernels.product import triton as product
 from kfade_kernels.sampled_cross_entropy import triton as sampled_cross_entropy
+from kfade_kernels.sketch import triton as sketch
 from kfade_kernels.syrk import triton as syrk
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,7 +30,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """Tensors on `cuda` are taken to lie on this device, in a process without the interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("KFADE_ENABLE", "triton")
-    for module in (triton_support, syrk, product, eigenvalue_correction, sampled_cross_entropy, apply_update):
+    for module in (triton_support, syrk, sketch, product, eigenvalue_correction, sampled_cross_entropy, apply_update):
         if hasattr(module, "of_tensors"):
             monkeypatch.setattr(module, "of_tensors", lambda _: request.param)
     with FakeTensorMode():
@@ -44,6 +45,7 @@ def calls(dtype: torch.dtype = torch.bfloat16, width: int = 1024, tokens: int = 
     return {
         "syrk_": ((acc, a), {}),
         "accumulate_factors_": ((acc, kk.PackedSymmetric(width, **GPU), a, g), {}),
+        "sketch_": ((torch.empty(width, 74, **GPU), torch.empty((), **GPU), a, torch.empty(width, 74, **GPU)), {}),
         "rotate": ((a, q), {}),
         "eigenvalue_correction_": ((torch.empty(width, width, **GPU), g, a, q, q), {}),
         "kron_solve": (
@@ -64,6 +66,7 @@ def calls(dtype: torch.dtype = torch.bfloat16, width: int = 1024, tokens: int = 
 OPERATIONS = (
     "syrk_",
     "accumulate_factors_",
+    "sketch_",
     "rotate",
     "eigenvalue_correction_",
     "kron_solve",
@@ -73,8 +76,7 @@ OPERATIONS = (
 
 
 def test_every_operation_is_asked() -> None:
-    # A sketch has no Triton form.
-    assert set(OPERATIONS) == set(kk.operations()) - {"sketch_"}
+    assert set(OPERATIONS) == set(kk.operations())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
