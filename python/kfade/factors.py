@@ -121,7 +121,7 @@ class FactorCollector:
                 assert state.s_sum is not None
                 for block, columns in zip(state.s_sum.blocks, slices(state.output_blocks), strict=True):
                     waiting.acc_s.append(block)
-                    waiting.g.append(g[..., columns])
+                    waiting.g.append(g if block is state.s_sum else g[..., columns])
             waiting.nbytes += g.nbytes
             if a is not None:
                 a = a.to(pair.dtype)
@@ -131,7 +131,7 @@ class FactorCollector:
                     assert state.a_sum is not None
                     for block, columns in zip(state.a_sum.blocks, slices(state.input_blocks), strict=True):
                         waiting.acc_a.append(block)
-                        waiting.a.append(a[..., columns])
+                        waiting.a.append(a if block is state.a_sum else a[..., columns])
                         # The ones are the last column of all, so of the last block.
                         waiting.ones.append(layer.has_bias and columns.stop == state.width_in)
                 waiting.nbytes += a.nbytes
