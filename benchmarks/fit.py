@@ -46,14 +46,15 @@ def build_data(sequences: int, tokens: int, batch: int, vocabulary: int) -> list
 
 
 class Clock:
-    """Times stages, with the memory that each adds to what was resident before it (in MiB)."""
+    """Times stages, with the memory that each adds, in MiB, to what was resident before it, or to `before` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: int | None = None) -> None:
         self.stages: Stages = {}
+        self._before = before
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
         reset_peak()
-        before = peak_bytes()
+        before = peak_bytes() if self._before is None else self._before
         begin = time.perf_counter()
         result = work()
         self.stages[name] = (time.perf_counter() - begin, (peak_bytes() - before) / 2**20)
@@ -117,8 +118,12 @@ def run_kronfluence(
     names: list[str],
     *,
     with_default: bool = True,
+    clock: Clock | None = None,
 ) -> tuple[Stages, dict[str, dict[str, Tensor]]]:
-    """Seconds and memory of each stage, and the factors; `with_default` decomposes in float64 too, its default."""
+    """Seconds and memory of each stage, and the factors; `with_default` decomposes in float64 too, its default.
+
+    The model is wrapped in place: give it a copy.
+    """
     from kronfluence.analyzer import prepare_model
     from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
     from kronfluence.factor.eigen import fit_lambda_matrices_with_loader, perform_eigendecomposition
@@ -130,9 +135,9 @@ def run_kronfluence(
     # Its default is float64, which is timed apart; float32 is what we use.
     arguments.eigendecomposition_dtype = torch.float32
     task, state = kronfluence_task(names), State(cpu=model.device.type == "cpu")
-    wrapped = prepare_model(copy.deepcopy(model), task)
+    wrapped = prepare_model(model, task)
     common = {"model": wrapped, "state": state, "factor_args": arguments, "disable_tqdm": True}
-    clock = Clock()
+    clock = clock or Clock()
     begin = time.perf_counter()
     _, covariances = clock("A, S", lambda: fit_covariance_matrices_with_loader(task=task, loader=data, **common))
     eigen = clock("eigh", lambda: perform_eigendecomposition(covariances, wrapped, state, arguments, True))
@@ -173,7 +178,7 @@ def accuracy(model: LlamaForCausalLM, data: list[dict[str, Tensor]], autocast: s
     config = kfade.FitConfig(fisher="empirical")
     exact = kfade.fit(exact_model, data, kfade.FitConfig(fisher="empirical", curvature="kfac"))
     _, ours = run_kfade(model, data, autocast)
-    _, theirs = run_kronfluence(model, data, autocast, list(ours))
+    _, theirs = run_kronfluence(copy.deepcopy(model), data, autocast, list(ours))
 
     def exact_lambda(bases: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         layers = select(exact_model, config.modules)
@@ -238,7 +243,7 @@ def main() -> None:
                 runs["kfade"].append(stages)
                 names = list(curvature)
                 del curvature
-                runs["kronfluence"].append(run_kronfluence(model, data, autocast, names)[0])
+                runs["kronfluence"].append(run_kronfluence(copy.deepcopy(model), data, autocast, names)[0])
             few = data[0]["input_ids"][: options.accuracy_sequences].shape[0]
             errors = (
                 accuracy(model, [{k: v[:few] for k, v in data[0].items()}], autocast)

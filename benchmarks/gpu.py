@@ -22,6 +22,7 @@ the kernels of `csrc/cuda/`, which must have been built, and which are timed bes
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import os
 import shutil
@@ -548,7 +549,7 @@ def fit_theirs(model: Any, data: Any, stages: dict[str, float]) -> None:
     from fit import run_kronfluence
 
     wanted = [name for name, module in model.named_modules() if ".mlp." in name and hasattr(module, "weight")]
-    found, _ = run_kronfluence(model, data, "bfloat16", wanted, with_default=False)
+    found, _ = run_kronfluence(copy.deepcopy(model), data, "bfloat16", wanted, with_default=False)
     stages.update({stage: found[stage][0] for stage in STAGES})
 
 

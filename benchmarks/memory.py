@@ -15,9 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import fit
 import torch
@@ -72,18 +69,8 @@ def measure(provider: str, shape: str) -> dict[str, float]:
         stages, _ = fit.run_kfade(model, data, "off")
     else:
         reset_peak()
-        before = peak_bytes()
-
-        class Clock(fit.Clock):
-            def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-                reset_peak()
-                result = work()
-                self.stages[name] = (0.0, (peak_bytes() - before) / 2**20)
-                return result
-
-        fit.Clock = Clock  # type: ignore[misc]
-        fit.copy = SimpleNamespace(deepcopy=lambda model: model)  # type: ignore[assignment]  # no second model
-        stages, _ = fit.run_kronfluence(model, data, "off", names, with_default=False)
+        clock = fit.Clock(peak_bytes())
+        stages, _ = fit.run_kronfluence(model, data, "off", names, with_default=False, clock=clock)
     return {stage: memory for stage, (_, memory) in stages.items()}
 
 

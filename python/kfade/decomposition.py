@@ -186,8 +186,6 @@ class _Side:
 
 
 INPUT = _Side("a_sum", "a_sketch", "positions", "lambda_in", "q_in", "input_decomposition")
-
-
 OUTPUT = _Side("s_sum", "s_sketch", "losses", "lambda_out", "q_out", "decomposition")
 
 
