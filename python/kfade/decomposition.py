@@ -231,6 +231,8 @@ def decompose_states(
     for state in states.values():
         leader = states[state.group]
         state.lambda_in, state.q_in = leader.lambda_in, leader.q_in
+        # One that a fit read again, though its eigenvectors were there.
+        state.a_sketch = state.s_sketch = None
 
 
 def _cost(total: Factor | None, sketch: Sketch | None) -> tuple[float, bool]:

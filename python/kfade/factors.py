@@ -54,6 +54,27 @@ class _Operands:
     nbytes: int = 0
 
 
+class Sketches:
+    """Makes empty sketches, those of one order with the same test vectors.
+
+    Args:
+        rank: k: how many eigenpairs are wanted.
+        dtype, device: of the sketches.
+    """
+
+    def __init__(self, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rank, self._dtype, self._device = rank, dtype, device
+        self._omegas: dict[int, Tensor] = {}
+
+    def new(self, n: int) -> Sketch:
+        """A sketch of a factor of order n."""
+        if n not in self._omegas:
+            vectors = low_rank.random_basis(n, min(n, self._rank + OVERSAMPLING), SKETCH_SEED)
+            self._omegas[n] = vectors.to(self._device, self._dtype)
+        trace = torch.zeros((), dtype=torch.float64, device=self._device)
+        return Sketch(self._omegas[n], torch.zeros_like(self._omegas[n]), trace)
+
+
 class FactorCollector:
     """Adds pairs to the factors of their layers, many layers in one launch where that is faster.
 
@@ -76,25 +97,21 @@ class FactorCollector:
         self._waiting = _Operands()
         self.finite = FiniteCheck(device)
         self.first_sample = True
-        omegas: dict[int, Tensor] = {}
+        sketches = None if rank is None else Sketches(rank, dtype, device)
 
         def room(blocks: tuple[int, ...]) -> tuple[PackedSymmetric | PackedBlocks | None, Sketch | None]:
             n = sum(blocks)
             if len(blocks) > 1:
                 return PackedBlocks(blocks, dtype=dtype, device=device), None
-            if rank is None or n <= rank:
+            if rank is None or sketches is None or n <= rank:
                 return PackedSymmetric(n, dtype=dtype, device=device), None
-            if n not in omegas:
-                vectors = low_rank.random_basis(n, min(n, rank + OVERSAMPLING), SKETCH_SEED)
-                omegas[n] = vectors.to(device, dtype)
-            trace = torch.zeros((), dtype=torch.float64, device=device)
-            return None, Sketch(omegas[n], torch.zeros_like(omegas[n]), trace)
+            return None, sketches.new(n)
 
         for state in states.values():
-            if state.s_sum is None:
+            if state.s_sum is None and state.s_sketch is None:
                 state.s_sum, state.s_sketch = room(state.output_blocks)
         for state in states.values():
-            if state.group == state.name and state.a_sum is None:
+            if state.group == state.name and state.a_sum is None and state.a_sketch is None:
                 state.a_sum, state.a_sketch = room(state.input_blocks)
 
     @property

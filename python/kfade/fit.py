@@ -132,7 +132,7 @@ class _Fit:
         owners: Owners,
     ) -> None:
         """One pass over batches for the layers that lack these stages."""
-        todo = self.store.unfinished(layers, stages)
+        todo = self.store.unfinished(states, layers, stages)
         if not todo:
             return
         part = {layer.name: states[layer.name] for layer in todo}
@@ -188,7 +188,7 @@ class _Fit:
     def _take_basis(
         self, states: Mapping[str, LayerCurvature], layers: Sequence[Layer], basis: Mapping[str, LayerCurvature]
     ) -> None:
-        todo = self.store.unfinished(layers, BASIS)
+        todo = self.store.unfinished(states, layers, BASIS)
         for name in (layer.name for layer in todo):
             for field in (field for stage in BASIS for field in STAGES[stage]):
                 value = getattr(basis[name], field)
@@ -255,11 +255,6 @@ def fit_among(
         raise ValueError(
             "config.decomposition is 'cholesky' and a group is given: the two factors of a layer are with different"
             " ranks; it must be 'eigh'"
-        )
-    if store is not None and config.rank is not None:
-        raise ValueError(
-            f"store is {store} and config.rank is {config.rank}: a low-rank fit cannot save itself as it goes; leave"
-            " store out, and save the curvature afterwards"
         )
     model = unwrapped(model)
     check_sharding(model, ranks.group)
@@ -330,9 +325,9 @@ def fit(
             (0 is padding, on either side) and `labels` (-100 is no loss; absent, every token counts).
         config: options; see FitConfig.
         progress: where to show progress and record costs.
-        store: a directory to save the curvature in as it is fitted; not with a rank. Where the fit is cut off, by
-            whatever, the same call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the
-            batch or factor in hand. On a CPU the states that are returned are mapped from its files. None saves
+        store: a directory to save the curvature in as it is fitted. Where the fit is cut off, by whatever, the same
+            call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the batch or factor in
+            hand. On a CPU the states that are returned are mapped from its files, but for thin bases. None saves
             nothing; with a group it must be None.
         group: the ranks that share the fit; each calls this with the same arguments, all batches among them. None:
             this process alone, whatever is initialised.
@@ -347,7 +342,7 @@ def fit(
     Raises:
         StorageError: `store` holds something else than this fit, or a corrupt file.
         ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes; or
-            there is both a `store` and a rank or a group; or ranks were given different batches, options or weights.
+            there is both a `store` and a group; or ranks were given different batches, options or weights.
         RankError: another rank of the group failed or has ended.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.
         ValueError: no batch, no loss position, or a selection that matches nothing; `basis` is of other layers, of

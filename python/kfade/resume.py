@@ -5,6 +5,9 @@ decomposition, or one pass over the data for some layers; it is written by a sid
 and the manifest names it afterwards. In a pass the sums are saved every so many seconds, between two batches. So a
 process that is killed at any moment loses what it did since, and the next one ends with the same bits: batches are
 summed in the same order, sampled labels depend on nothing but their sequence, and files hold every bit of a sum.
+
+A sketch has no file of its own, since nothing needs it once it is decomposed: with a rank the sums of a finished pass
+stay until then.
 """
 
 from __future__ import annotations
@@ -27,11 +30,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import FitConfig, fit_config, to_dict
 from .curvature import Curvature
 from .errors import StorageError
+from .factors import Sketches
 from .layer_curvature import LayerCurvature
 from .layers import Layer
 from .loss import Batch
@@ -65,6 +69,8 @@ from .storage import (
 
 # The stages that a pass over the data fills together.
 FACTORS, CORRECTION = ("factors", "input_factors"), ("correction",)
+# Of a factor that is sketched, the field it is in, and the stage that is there when the sketch is no longer needed.
+SKETCHED = {"factors": ("s_sketch", "decomposition"), "input_factors": ("a_sketch", "input_decomposition")}
 # What a fit takes from an earlier one that gives it its basis.
 BASIS = (*FACTORS, "decomposition", "input_decomposition")
 # Options that change how a fit runs and not what it gives.
@@ -132,6 +138,23 @@ def weights_and_shape(model: nn.Module) -> dict[str, str]:
         values.pop(name, None)
     text = f"{type(model).__name__} {json.dumps(values, sort_keys=True, default=str)}"
     return {"weights": weights_sha256(model), "architecture": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _sums_of(state: LayerCurvature, stages: Sequence[str]) -> dict[str, Tensor]:
+    """What a pass adds to a state, as it is stored: sums, and of a sketch y and the trace."""
+    found: dict[str, Tensor] = {}
+    for stage in (stage for stage in stages if stage in stages_of(state)):
+        found |= stage_tensors(state, stage)
+        field, _ = SKETCHED.get(stage, ("", ""))
+        sketch = getattr(state, field, None)
+        if sketch is not None:
+            found |= {f"{field}.y": sketch.y, f"{field}.trace": sketch.trace}
+    return found
+
+
+def _sketched(states: Mapping[str, LayerCurvature]) -> bool:
+    """Whether a state has a sketch that is to be decomposed."""
+    return any(state.a_sketch is not None or state.s_sketch is not None for state in states.values())
 
 
 def _basis_sha256(basis: Mapping[str, LayerCurvature]) -> str:
@@ -267,7 +290,7 @@ class FitStore:
         directory = self._directory
         _probe(directory)
         self._lock(directory)
-        self._device, self._empty = device, Curvature(replace(self._config), model_id, {})
+        self._device, self._dtype, self._empty = device, dtype, Curvature(replace(self._config), model_id, {})
         self._numbers = {name: number for number, name in enumerate(states)}
         self._layers = {name: counts_of(state) for name, state in states.items()}
         values = [{"input_ids": b.input_ids, "attention": b.attention, "labels": b.labels} for b in batches]
@@ -323,7 +346,7 @@ class FitStore:
             raise StorageError(f"{where} is not a manifest of a fit: {error}") from error
         self._found = dict(self._files)
         self._done = {(entry["layer"], entry["stage"]) for entry in self._found.values()}
-        needed = sum(len(set(stages_of(s)) & set(required_stages(self._config))) for s in states.values())
+        needed = sum(len(self._required(state)) for state in states.values())
         if self._done or self._checkpoint:
             self._progress.say(f"{self._directory} has {len(self._done)} of {needed} files of this fit already")
 
@@ -335,12 +358,17 @@ class FitStore:
             if _OURS.fullmatch(path.name) and path.name not in named:
                 path.unlink()
 
+    def _required(self, state: LayerCurvature) -> list[str]:
+        """The stages of which the directory has a file of this layer when the fit is whole."""
+        required = required_stages(self._config)
+        return [stage for stage in stages_of(state, self._config.rank) if stage in required]
+
     def _require_room(self, directory: Path, states: Mapping[str, LayerCurvature], dtype: torch.dtype) -> None:
-        required, needed = required_stages(self._config), 0
+        needed = 0
         for name, state in states.items():
-            shapes = shapes_of(state)
-            for stage in stages_of(state):
-                if stage in required and (name, stage) not in self._done:
+            shapes = shapes_of(state, self._config.rank)
+            for stage in self._required(state):
+                if (name, stage) not in self._done:
                     needed += sum(torch.Size(shapes[key]).numel() for key in STAGES[stage]) * dtype.itemsize
         free = shutil.disk_usage(directory).free
         if needed > free:
@@ -412,13 +440,20 @@ class FitStore:
 
     # ---- what a fit calls
 
-    def unfinished(self, layers: Sequence[Layer], stages: Sequence[str]) -> list[Layer]:
+    def unfinished(
+        self, states: Mapping[str, LayerCurvature], layers: Sequence[Layer], stages: Sequence[str]
+    ) -> list[Layer]:
         """The layers of those input groups of which the directory lacks one of the stages."""
+
+        def shown_by(layer: Layer, stage: str) -> str:
+            kept = stages_of(states[layer.name], self._config.rank)
+            return stage if stage in kept else SKETCHED[stage][1]
+
         groups = {
             x.group
             for x in layers
             for stage in stages
-            if (x.leads or stage not in SHARED) and (x.name, stage) not in self._done
+            if (x.leads or stage not in SHARED) and (x.name, shown_by(x, stage)) not in self._done
         }
         return [x for x in layers if x.group in groups]
 
@@ -431,10 +466,7 @@ class FitStore:
         if self._directory is None:
             return
         done = self._done.issuperset(
-            (name, stage)
-            for name, state in states.items()
-            for stage in stages_of(state)
-            if stage in required_stages(self._config)
+            (name, stage) for name, state in states.items() for stage in self._required(state)
         )
         # What is only kept stays on the disk.
         device = None if done and self._device.type == "cpu" else self._device
@@ -442,7 +474,7 @@ class FitStore:
             state = states.get(entry["layer"])
             if state is not None:
                 with _mended_by_removal():
-                    read_stage(state, self._directory, name, entry["sha256"], device)
+                    read_stage(state, self._directory, name, entry["sha256"], device, self._config.rank)
         for name, state in states.items():
             state.positions = self._layers[name]["positions"]
         share_in_groups(states)
@@ -456,31 +488,50 @@ class FitStore:
             return batches
         for state in states.values():
             # Of a group that is gone through again, some sums may be there.
-            for field in (field for stage in stages for field in STAGES[stage]):
+            for field in (field for stage in stages for field in (*STAGES[stage], *SKETCHED.get(stage, ())[:1])):
                 setattr(state, field, None)
             state.positions = state.positions if stages == CORRECTION else 0
         self._next = time.monotonic() + self._config.checkpoint_seconds
         found = self._checkpoint
-        if found is None or found["stages"] != list(stages) or found["layers"] != list(states):
+        if found is None or found["stages"] != list(stages) or not set(found["layers"]).issuperset(states):
             return batches
         with _mended_by_removal():
             tensors = read_checked(self._directory, found["file"], found["sha256"])
-        for key, value in tensors.items():
-            name, _, field = key.rpartition("/")
-            set_tensor(states[name], field, value.to(self._device, copy=True), self._directory / found["file"])
+        self._set_sums(states, tensors, self._directory / found["file"])
         for name, state in states.items():
             state.positions = found["positions"].get(name, state.positions)
-            if not all(stage_tensors(state, stage) for stage in stages if stage in stages_of(state)):
+            if not all(_sums_of(state, [stage]) for stage in stages if stage in stages_of(state)):
                 raise StorageError(f"{self._directory / found['file']} lacks the sums of {name}")
         self._begun = found["batches"]
         self._progress.say(f"going on after batch {self._begun} of {len(batches)} of {stages[0]}")
         return batches[self._begun :]
 
+    def _set_sums(self, states: Mapping[str, LayerCurvature], tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Give states the sums that a file has of them; those of other layers are left."""
+        rank = self._config.rank
+        sketches = None if rank is None else Sketches(rank, self._dtype, self._device)
+        for key, value in tensors.items():
+            name, _, field = key.rpartition("/")
+            field, _, part = field.partition(".")
+            if name not in states:
+                continue
+            state, value = states[name], value.to(self._device, copy=True)
+            if sketches is None or not part:
+                set_tensor(state, field, value, path, rank)
+                continue
+            sketch = getattr(state, field) or sketches.new(state.d_out if field == "s_sketch" else state.width_in)
+            setattr(sketch, part, value)
+            setattr(state, field, sketch)
+
     def watch(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """The batches that `resume` returned, one by one; the sums are saved between them when it is time."""
         for done, batch in enumerate(batches, self._begun + 1):
             yield batch
-            if self._directory is None or done == self._begun + len(batches):
+            if self._directory is None:
+                continue
+            if done == self._begun + len(batches):
+                if _sketched(self._states):
+                    self._save_sums(done)
                 continue
             with self._writer() as writer:
                 writer.raise_if_failed()
@@ -494,9 +545,7 @@ class FitStore:
         tensors = {
             f"{name}/{key}": value
             for name, state in self._states.items()
-            for stage in self._stages
-            if stage in stages_of(state)
-            for key, value in stage_tensors(state, stage).items()
+            for key, value in _sums_of(state, self._stages).items()
         }
         entry = {
             "file": path.name,
@@ -526,8 +575,10 @@ class FitStore:
             (self._numbers[name], name, stage, stage_tensors(state, stage))
             for name, state in states.items()
             for stage in stages
-            if stage in stages_of(state)
+            if stage in stages_of(state, self._config.rank)
         ]
+        # The sums of a sketch are in no file of these.
+        replaced = not (stages == FACTORS and _sketched(states))
         counts = {name: counts_of(state) for name, state in states.items()}
 
         def save() -> None:
@@ -539,7 +590,7 @@ class FitStore:
                     self._commit(finished=False)
                 raise
             self._layers.update(counts)
-            if self._checkpoint is not None and self._checkpoint["stages"] == list(stages):
+            if replaced and self._checkpoint is not None and self._checkpoint["stages"] == list(stages):
                 self._replace_checkpoint(None)
             else:
                 self._commit_soon()
@@ -557,15 +608,21 @@ class FitStore:
         for name, entry in self._files.items():
             if entry["layer"] in states and entry["stage"] in stages:
                 for key, value in read_tensors(self._directory / name).items():
-                    set_tensor(states[entry["layer"]], key, value, self._directory / name)
+                    set_tensor(states[entry["layer"]], key, value, self._directory / name, self._config.rank)
         share_in_groups(states)
 
     def finish(self) -> None:
         """The fit is whole."""
         if self._directory is None:
             return
+
+        def whole() -> None:
+            if self._checkpoint is not None:
+                self._replace_checkpoint(None)
+            self._commit(finished=True)
+
         with self._writer() as writer:
-            writer.submit(lambda: self._commit(finished=True))
+            writer.submit(whole)
             writer.wait()
         self._stop_if_interrupted()
 

@@ -203,9 +203,14 @@ class KeptResults:
             write_text(self._path, json.dumps(self._content, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def stages_of(state: LayerCurvature) -> list[str]:
-    """The stages that have a file of this layer."""
-    return [stage for stage in STAGES if stage not in SHARED or state.group == state.name]
+def stages_of(state: LayerCurvature, rank: int | None = None) -> list[str]:
+    """The stages that have a file of this layer; with a rank, one that is sketched has none."""
+    shapes = shapes_of(state, rank)
+    return [
+        stage
+        for stage, names in STAGES.items()
+        if (stage not in SHARED or state.group == state.name) and not shapes.keys().isdisjoint(names)
+    ]
 
 
 def _required(config: FitConfig) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Work:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = {"batch": 0, "factor": 0}
         self._at: tuple[str, int, Callable[[], None]] | None = None
-        sampled, decompose = Head.sampled, decomposition.decompose
+        sampled, decompose, sketch = Head.sampled, decomposition.decompose, decomposition.decompose_sketch
 
         def counting(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **named: Any) -> Any:
@@ -105,6 +106,7 @@ class Work:
 
         monkeypatch.setattr(Head, "sampled", counting("batch", sampled))
         monkeypatch.setattr(decomposition, "decompose", counting("factor", decompose))
+        monkeypatch.setattr(decomposition, "decompose_sketch", counting("factor", sketch))
 
     def at(self, kind: str, number: int, action: Callable[[], None]) -> None:
         """From now on, call this after `number` more."""
@@ -149,10 +151,18 @@ def in_a_pass(model: Any, work: Work, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------ what is saved
 
 
-@pytest.mark.parametrize("curvature", ["identity", "diagonal", "kfac", "ekfac"])
+# Orders of the factors are 16, 17, 24 and 25: with the first rank the two wider ones are sketched, with the other all.
+RANKS = (20, 8)
+
+
+@pytest.mark.parametrize(
+    "curvature, rank", [("identity", None), ("diagonal", None), *product(("kfac", "ekfac"), (None, *RANKS))]
+)
 @pytest.mark.parametrize("per_pass", [None, 3])
-def test_saving_changes_no_bit(model: Any, curvature: str, per_pass: int | None, tmp_path: Path) -> None:
-    options = replace(OPTIONS, curvature=curvature, layers_per_pass=per_pass)
+def test_saving_changes_no_bit(
+    model: Any, curvature: str, rank: int | None, per_pass: int | None, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, curvature=curvature, layers_per_pass=per_pass, rank=rank)
     plain = kfade.fit(model, BATCHES, options)
     require_same(kfade.fit(model, BATCHES, options, store=tmp_path / "s"), plain)
     loaded = Curvature.load(tmp_path / "s", model)
@@ -215,18 +225,50 @@ def test_a_directory_of_its_own_is_made_and_others_files_stay(model: Any, tmp_pa
         ("factor", 10, 10, 1),
     ],
 )
+@pytest.mark.parametrize("rank", [None, *RANKS])
 def test_nothing_finished_is_done_again(
-    model: Any, whole: Curvature, work: Work, tmp_path: Path, kind: str, number: int, batches: int, factors: int
-) -> None:
+    model: Any, whole: Curvature, work: Work, tmp_path: Path, kind: str, number: int, batches: int, factors: int,
+    rank: int | None,
+) -> None:  # fmt: skip
+    options = replace(OPTIONS, rank=rank)
+    plain = whole if rank is None else kfade.fit(model, BATCHES, options)
     work.cut(kind, number)
     with pytest.raises(Cut):
-        kfade.fit(model, BATCHES, OPTIONS, store=tmp_path / "s")
+        kfade.fit(model, BATCHES, options, store=tmp_path / "s")
     with pytest.raises(StorageError, match="unfinished"):
         Curvature.load(tmp_path / "s")
     work.go_on()
-    require_same(kfade.fit(model, BATCHES, OPTIONS, store=tmp_path / "s"), whole)
+    require_same(kfade.fit(model, BATCHES, options, store=tmp_path / "s"), plain)
     assert work.counts == {"batch": batches, "factor": factors}
-    require_same(Curvature.load(tmp_path / "s", model), whole)
+    require_same(Curvature.load(tmp_path / "s", model), plain)
+
+
+@pytest.mark.parametrize("later", [1, 2, None])
+def test_sketches_outlive_another_number_of_layers_a_pass(
+    model: Any, work: Work, tmp_path: Path, later: int | None
+) -> None:
+    """Cut off between two decompositions: the sums of those that are left are there, whoever asks for which."""
+    options = replace(OPTIONS, rank=8)
+    plain = kfade.fit(model, BATCHES, options)
+    work.cut("factor", 4)
+    with pytest.raises(Cut):
+        kfade.fit(model, BATCHES, options, store=tmp_path / "s")
+    work.go_on()
+    others = replace(options, layers_per_pass=later)
+    require_same(kfade.fit(model, BATCHES, others, store=tmp_path / "s"), plain)
+    assert work.counts["factor"] == 7
+
+
+def test_a_basis_of_a_rank(model: Any, work: Work, tmp_path: Path) -> None:
+    options = replace(OPTIONS, rank=20)
+    basis = kfade.fit(model, BATCHES[:2], options)
+    plain = kfade.fit(model, BATCHES, options, basis=basis)
+    work.cut("batch", 9)
+    with pytest.raises(Cut):
+        kfade.fit(model, BATCHES, options, basis=basis, store=tmp_path / "s")
+    work.go_on()
+    require_same(kfade.fit(model, BATCHES, options, basis=basis, store=tmp_path / "s"), plain)
+    assert work.counts == {"batch": 20 - 8, "factor": 0}
 
 
 @pytest.mark.parametrize("number", [1, 4, 9])
@@ -252,6 +294,8 @@ MODELS: dict[str, tuple[Callable[[], Any], FitConfig]] = {
     "bfloat16": (lambda: tiny("llama", torch.bfloat16), OPTIONS),
     "empirical": (lambda: tiny("llama", torch.float32), replace(OPTIONS, fisher="empirical", samples=1)),
     "one pass": (lambda: tiny("llama", torch.float32), replace(OPTIONS, basis_share=0.4)),
+    "rank": (lambda: tiny("llama", torch.float32), replace(OPTIONS, rank=20)),
+    "rank, float64, one pass": (lambda: tiny("gpt2"), replace(OPTIONS, rank=8, basis_share=0.4)),
 }
 
 
@@ -371,7 +415,9 @@ from dataclasses import replace
 from models import tiny
 
 directory, curvature, how, seed, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-model, options = tiny("llama", torch.float32), replace(OPTIONS, curvature=curvature)
+curvature, _, rank = curvature.partition(" of rank ")
+model = tiny("llama", torch.float32)
+options = replace(OPTIONS, curvature=curvature, rank=int(rank) if rank else None)
 if how == "quickly":
     options = replace(options, samples=1, layers_per_pass=None)
 kfade.resume.CHECKPOINT_SHARE = 1e9
@@ -406,6 +452,7 @@ def run(store, fatal):
     kfade.storage.save_file = save_file
     kfade.storage.sync = kfade.resume.sync = watched(kfade.storage.sync)  # written, not yet in its place
     Head.sampled, decomposition.decompose = watched(Head.sampled), watched(decomposition.decompose)
+    decomposition.decompose_sketch = watched(decomposition.decompose_sketch)
     kfade.fit(model, BATCHES, options, store=store)
     os.write(1, f"events {events}\\n".encode())
     os._exit(0)
@@ -435,8 +482,8 @@ while killed < kills:
     if how == "time":
         code, _ = attempt(directory + "/killed", seconds=dice.uniform(0.02, max(0.05, 0.15 * length)))
     else:
-        # Of about 250 events, 80 for the diagonal alone; a batch that is saved has six.
-        code, _ = attempt(directory + "/killed", fatal=dice.randint(3, 12 if curvature == "diagonal" else 60))
+        # Of about 250 events, 80 and more without Λ or for it alone; a batch that is saved has six.
+        code, _ = attempt(directory + "/killed", fatal=dice.randint(3, 60 if curvature == "ekfac" else 12))
     if code == 0:
         break
     assert code == -signal.SIGKILL, code
@@ -479,6 +526,8 @@ def test_killed_twice(model: Any, tmp_path: Path) -> None:
         ("kfac", "events", 4),
         ("diagonal", "events", 5),
         ("kfac", "time", 6),
+        ("ekfac of rank 20", "events", 7),
+        ("kfac of rank 8", "events", 8),
     ],
 )
 def test_killed_at_ten_random_moments(curvature: str, how: str, seed: int, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def fit(
             planned = plan_run(loaded, batches, options, model, out)
         for reason in planned.reasons:
             progress.say(reason)
-    saves_itself = group is None and rank is None
+    saves_itself = group is None
     fitted = fit_curvature(
         loaded, batches, options, progress=progress, store=out if saves_itself else None, group=group, basis=given
     )  # fmt: skip

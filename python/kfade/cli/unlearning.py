@@ -138,10 +138,8 @@ def unlearn(
     }
     device, (number, processes) = own_device(device), launched()
     models.check_model(model, dtype, device)
-    # A low-rank fit does not save itself as it goes, nor does one that ranks share.
-    store = out / "factors" if factors is None and rank is None and processes == 1 else None
-    if keep_factors and rank is not None:
-        raise ValueError(f"rank is {rank} and factors are to be kept; fit them first with `kfade fit --rank {rank}`")
+    # A fit that ranks share does not save itself as it goes.
+    store = out / "factors" if factors is None and processes == 1 else None
     if keep_factors and processes > 1:
         raise ValueError(f"factors are to be kept by {processes} processes; fit them first with `kfade fit`")
     if factors is not None:

@@ -162,7 +162,9 @@ class Model:
         dtype: torch.dtype, weights: int, vocabulary: int, devices: int, blocks: int, stored: bool,
     ) -> None:  # fmt: skip
         self.layers, self.foot, self.config, self.load, self.rates = layers, foot, config, load, rates
-        self.dtype, self.devices, self.vocabulary, self.stored = dtype, devices, vocabulary, stored
+        self.dtype, self.devices, self.vocabulary = dtype, devices, vocabulary
+        # Thin bases are copied from files: how products with them round depends on where in memory they lie.
+        self.stored = stored and config.rank is None
         self.compute = dtype if config.autocast == "off" else getattr(torch, config.autocast)
         self.state = torch.float64 if dtype == torch.float64 else torch.float32
         self.itemsize = self.state.itemsize
