@@ -40,7 +40,10 @@ CASES = {
     "blocks": FitConfig(modules="all-linear", max_factor_order=9),
     "empirical": FitConfig(modules="mlp", fisher="empirical"),
     "one pass": FitConfig(modules="mlp", basis_share=0.5),
+    "cholesky": FitConfig(modules="all-linear", curvature="kfac", decomposition="cholesky", layers_per_pass=5),
 }
+# Of these, with a basis that was fitted on other batches.
+WITH_BASIS = ("ekfac", "passes", "low rank", "blocks")
 
 
 def batches() -> list[models.Batch]:
@@ -56,6 +59,21 @@ def fit_and_save(group: ProcessGroup, folder: Path, kind: str = "llama", names: 
         fitted.save(folder / name)
         told[name] = list(fitted.layers)
     return told
+
+
+def fit_with_basis(group: ProcessGroup, folder: Path) -> None:
+    """From a basis that each rank has whole."""
+    model = models.tiny("llama")
+    for name in WITH_BASIS:
+        basis = kfade.fit(model, batches()[:2], CASES[name])
+        kfade.fit(model, batches(), CASES[name], group=group, basis=basis).save(folder / name)
+
+
+def unlike_bases(group: ProcessGroup) -> None:
+    """A fit that rank 1 is given another basis for."""
+    model = models.tiny("llama")
+    basis = kfade.fit(model, batches()[: 1 + group.rank()], CASES["ekfac"])
+    kfade.fit(model, batches(), CASES["ekfac"], group=group, basis=basis)
 
 
 def look_around(group: ProcessGroup) -> dict[str, Any]:
@@ -170,6 +188,7 @@ UNLEARNING = {
     "one step": UnlearnConfig(kl_budget=0.01, holdout=0.3, fit=CASES["ekfac"]),
     "steps": UnlearnConfig.stepwise(steps=3, refit_every=2, holdout=0.3),
     "npo": UnlearnConfig(objective="npo", steps=2, kl_budget=None, step_size=1e-3, holdout=0.3, retain_weight=1.0),
+    "cholesky": UnlearnConfig(kl_budget=0.01, holdout=0.3, fit=CASES["cholesky"]),
 }
 
 
@@ -216,10 +235,7 @@ def refused(group: ProcessGroup) -> list[str]:
         message(lambda: kfade.unlearn(plain, *data, store="s", group=group)),
         message(lambda: kfade.fit(sharded, batches())),
         message(lambda: kfade.fit(sharded, batches(), FitConfig(device_memory=1.0), group=group)),
-        message(lambda: kfade.fit(plain, batches(), group=group, basis=kfade.Curvature(FitConfig(), "m", {}))),
-        message(
-            lambda: kfade.fit(plain, batches(), FitConfig(curvature="kfac", decomposition="cholesky"), group=group)
-        ),
+        message(lambda: kfade.fit(plain, batches(), group=group, basis=kfade.fit(plain, batches(), group=group))),
     ]
     if group.rank() == 0:
         found.append(message(lambda: kfade.fit(sharded, batches(), group=half)))

@@ -55,46 +55,59 @@ class Owners:
     outputs: Mapping[str, int]
 
 
-def made_from(model: nn.Module, batches: Sequence[Batch], config: FitConfig | UnlearnConfig) -> dict[str, str]:
-    """What must be the same on all ranks; of weights a sum of their bits, exact in any order."""
+def made_from(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    config: FitConfig | UnlearnConfig,
+    basis: Mapping[str, LayerCurvature] | None = None,
+) -> dict[str, str]:
+    """What must be the same on all ranks; of weights a sum of their bits, exact in any order; of a basis spectra."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     weights = [] if is_sharded(model) else [p.detach() for p in model.parameters()]
     sums = [int(p.view(kinds[p.itemsize]).sum(dtype=torch.int64)) for p in weights]
     values = [{"input_ids": b.input_ids, "attention": b.attention, "labels": b.labels} for b in batches]
+    spectra = [
+        {k: v for k in ("lambda_in", "lambda_out") if (v := getattr(state, k)) is not None}
+        for state in (basis or {}).values()
+    ]
     return {
         "batches": tensors_sha256(values),
         "options": repr(config),
+        "the spectra of the basis": tensors_sha256(spectra),
         "the model's weights": hashlib.sha256(repr(sums).encode()).hexdigest(),
     }
 
 
-def owners_of(
-    layers: Sequence[Layer],
-    ranks: int,
-    rank: int | None,
-    before: Sequence[Owners] = (),
-    max_factor_order: int | None = None,
-) -> Owners:
+def owners_of(layers: Sequence[Layer], ranks: int, config: FitConfig, before: Sequence[Owners] = ()) -> Owners:
     """Owners of the factors of some layers, by the cost of their decomposition.
+
+    Who solves by Cholesky factorisations needs both factors of a layer, so all of an input group are with one rank.
 
     Args:
         layers: of one pass.
         ranks: how many there are.
-        rank: k of the fit; None for whole factors.
+        config: of the fit.
         before: owners of earlier passes, whose layers stay with them.
-        max_factor_order: of the fit.
     """
-    leaders = [layer for layer in layers if layer.leads]
-    orders = [layer.width_in for layer in leaders] + [layer.d_out for layer in layers]
-    costs = [
-        float(sum(m**3 for m in split(n, max_factor_order))) if rank is None else float(n) * min(n, rank) ** 2
-        for n in orders
-    ]
+
+    def cost(n: int) -> float:
+        if config.rank is not None:
+            return float(n) * min(n, config.rank) ** 2
+        return float(sum(m**3 for m in split(n, config.max_factor_order)))
+
     kept = [float(sum([*o.inputs.values(), *o.outputs.values()].count(r) for o in before)) for r in range(ranks)]
-    chosen = share_out(costs, ranks, kept)
+    leaders = [layer for layer in layers if layer.leads]
+    costs = [cost(layer.width_in) for layer in leaders]
+    if config.decomposition == "cholesky":
+        together = [
+            a + sum(cost(x.d_out) for x in layers if x.group == g.name) for a, g in zip(costs, leaders, strict=True)
+        ]
+        inputs = dict(zip((g.name for g in leaders), share_out(together, ranks, kept), strict=True))
+        return Owners(inputs, {layer.name: inputs[layer.group] for layer in layers})
+    chosen = share_out(costs + [cost(layer.d_out) for layer in layers], ranks, kept)
     names = [layer.name for layer in leaders], [layer.name for layer in layers]
-    inputs, outputs = chosen[: len(leaders)], chosen[len(leaders) :]
-    return Owners(dict(zip(names[0], inputs, strict=True)), dict(zip(names[1], outputs, strict=True)))
+    parts = chosen[: len(leaders)], chosen[len(leaders) :]
+    return Owners(*(dict(zip(n, c, strict=True)) for n, c in zip(names, parts, strict=True)))
 
 
 def reduce_factors(ranks: Ranks, owners: Owners, states: Mapping[str, LayerCurvature]) -> None:
@@ -112,6 +125,11 @@ def reduce_factors(ranks: Ranks, owners: Owners, states: Mapping[str, LayerCurva
             parts = [total.data] if total is not None else [sketch.y, sketch.trace] if sketch is not None else []
             summed += [(part, owner) for part in parts]
     ranks.reduce(summed)
+    leave_to_owners(ranks, owners, states)
+
+
+def leave_to_owners(ranks: Ranks, owners: Owners, states: Mapping[str, LayerCurvature]) -> None:
+    """Drop the factors that other ranks own."""
     for name, state in states.items():
         if owners.outputs[name] != ranks.rank:
             state.s_sum = state.s_sketch = None

@@ -21,6 +21,7 @@ from .distributed import (
     Owners,
     ShardedCurvature,
     kept_here,
+    leave_to_owners,
     made_from,
     owners_of,
     reduce_corrections,
@@ -105,7 +106,7 @@ class _Fit:
         self._next_stage()
         if config.curvature in ("kfac", "ekfac"):
             if self.basis is not None:
-                self._take_basis(states, layers, self.basis)
+                self._take_basis(states, layers, self.basis, owners)
             else:
                 self._pass(f"factors A, S{suffix}", FACTORS, states, layers, self.mine[0], self._factors, owners)
             if self.decomposes:
@@ -186,7 +187,11 @@ class _Fit:
         spread_bases(self.ranks, owners, states, self.config, like)
 
     def _take_basis(
-        self, states: Mapping[str, LayerCurvature], layers: Sequence[Layer], basis: Mapping[str, LayerCurvature]
+        self,
+        states: Mapping[str, LayerCurvature],
+        layers: Sequence[Layer],
+        basis: Mapping[str, LayerCurvature],
+        owners: Owners,
     ) -> None:
         todo = self.store.unfinished(states, layers, BASIS)
         for name in (layer.name for layer in todo):
@@ -195,6 +200,7 @@ class _Fit:
                 setattr(states[name], field, value if value is None else value.to(device_of(self.model)))
         self.store.put({layer.name: states[layer.name] for layer in todo}, BASIS)
         self.store.release(states, BASIS)
+        leave_to_owners(self.ranks, owners, states)
 
 
 def _check_basis(
@@ -249,13 +255,8 @@ def fit_among(
             f"store is {store} and a group is given: a fit that ranks share cannot save itself as it goes; leave store"
             " out, and save the curvature afterwards"
         )
-    if basis is not None and ranks.group is not None:
-        raise ValueError("a basis and a group are given; one of them must be None")
-    if config.decomposition == "cholesky" and ranks.group is not None:
-        raise ValueError(
-            "config.decomposition is 'cholesky' and a group is given: the two factors of a layer are with different"
-            " ranks; it must be 'eigh'"
-        )
+    if isinstance(basis, ShardedCurvature):
+        raise ValueError("basis has the layers of one rank alone; save it and load it to have all of them")
     model = unwrapped(model)
     check_sharding(model, ranks.group)
     if config.device_memory is not None and is_sharded(model):
@@ -273,7 +274,7 @@ def fit_among(
     at_most = config.layers_per_pass
     with ExitStack() as stack:
         if ranks.group is not None:
-            ranks.require_same(made_from(model, checked, config))
+            ranks.require_same(made_from(model, checked, config, basis))
         if config.device_memory is not None:
             at_most = plan_fit(model, checked, config, stored=store is not None).layers_per_pass
             at_most = min((n for n in ranks.gather(at_most) if n is not None), default=None)
@@ -293,7 +294,7 @@ def fit_among(
         kept.open(model, model_id(model), fit.empty(layers), checked, device_of(model), state_dtype(model), basis)
         passes = in_passes(layers, at_most)
         for number, part in enumerate(passes, 1):
-            owned.append(owners_of(part, ranks.size, config.rank, owned, config.max_factor_order))
+            owned.append(owners_of(part, ranks.size, config, owned))
             found = fit.run(part, f" {number}/{len(passes)}" if len(passes) > 1 else "", owned[-1])
             for states_here, new in zip((states, inputs), kept_here(ranks, owned[-1], found), strict=True):
                 states_here.update(new)
@@ -332,8 +333,8 @@ def fit(
         group: the ranks that share the fit; each calls this with the same arguments, all batches among them. None:
             this process alone, whatever is initialised.
         basis: a curvature `kfac` or `ekfac` of the same layers, say of the model before an update: its A, S and
-            eigenvectors are taken as they are, and one pass over all batches gives Λ in them. None fits them too; with
-            a group it must be None.
+            eigenvectors are taken as they are, and one pass over all batches gives Λ in them. None fits them too. With
+            a group each rank gives all layers of it, as a loaded curvature has them.
 
     Returns:
         A mapping from layer names to their curvature; with a group a `ShardedCurvature`, of the layers that this rank

@@ -60,7 +60,8 @@ class _Watch:
     def __init__(self, group: dist.ProcessGroup) -> None:
         rank, size = group.rank(), group.size()
         self.store: dist.Store = dist.distributed_c10d._get_process_group_store(group)
-        self.prefix, self.meetings = f"kfade/{(self.store.add('kfade/runs', 1) - 1) // size}", 0
+        # Each rank counts its own: one that failed at once may come to the next before another to this one.
+        self.prefix, self.meetings = f"kfade/{self.store.add(f'kfade/runs/{rank}', 1)}", 0
         self._rank = rank
         self._next = (rank + 1) % size
         self._failure: str | None = None

@@ -465,9 +465,7 @@ class FitStore:
         """
         if self._directory is None:
             return
-        done = self._done.issuperset(
-            (name, stage) for name, state in states.items() for stage in self._required(state)
-        )
+        done = self._done.issuperset((name, stage) for name, state in states.items() for stage in self._required(state))
         # What is only kept stays on the disk.
         device = None if done and self._device.type == "cpu" else self._device
         for name, entry in self._found.items():
@@ -515,12 +513,12 @@ class FitStore:
             field, _, part = field.partition(".")
             if name not in states:
                 continue
-            state, value = states[name], value.to(self._device, copy=True)
+            state, copied = states[name], value.to(self._device, copy=True)
             if sketches is None or not part:
-                set_tensor(state, field, value, path, rank)
+                set_tensor(state, field, copied, path, rank)
                 continue
             sketch = getattr(state, field) or sketches.new(state.d_out if field == "s_sketch" else state.width_in)
-            setattr(sketch, part, value)
+            setattr(sketch, part, copied)
             setattr(state, field, sketch)
 
     def watch(self, batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -346,7 +346,7 @@ def test_a_basis_that_is_given() -> None:
 def test_owners_weigh_blocks() -> None:
     """One factor of order 40 in four blocks costs as much as four of order 10."""
     layers = select(hand_made(), "gate|up|down")
-    whole, cut = (owners_of(layers, 2, None, (), limit) for limit in (None, 10))
+    whole, cut = (owners_of(layers, 2, FitConfig(max_factor_order=limit)) for limit in (None, 10))
     assert whole.outputs.keys() == cut.outputs.keys()
     for owners, limit in ((whole, None), (cut, 10)):
         loads = [0, 0]

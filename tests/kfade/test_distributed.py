@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import kfade
-from kfade import Curvature, Update, distributed
+from kfade import Curvature, FitConfig, Update, distributed
 from kfade.errors import RankError
 from kfade.layers import select
 from kfade.ranks import share_out
@@ -77,12 +77,33 @@ def test_ranks_fit_what_one_process_fits(size: int, tmp_path: Path) -> None:
 
 def test_owners_share_the_cost() -> None:
     layers = select(models.tiny("llama", num_hidden_layers=6), "mlp")
-    owners = distributed.owners_of(layers, 4, None)
+    owners = distributed.owners_of(layers, 4, FitConfig())
     orders = [(layer.width_in, owners.inputs[layer.name]) for layer in layers if layer.leads]
     orders += [(layer.d_out, owners.outputs[layer.name]) for layer in layers]
     loads = [sum(n**3 for n, owner in orders if owner == rank) for rank in range(4)]
     # Greedy, the dearest first: no rank has more than the least one and one item.
     assert max(loads) - min(loads) <= max(n for n, _ in orders) ** 3
+
+
+def test_both_factors_of_a_layer_are_with_who_solves_by_cholesky() -> None:
+    layers = select(models.tiny("llama", num_hidden_layers=6), "all-linear")
+    owners = distributed.owners_of(layers, 4, FitConfig(curvature="kfac", decomposition="cholesky"))
+    assert all(owners.outputs[layer.name] == owners.inputs[layer.group] for layer in layers)
+    assert set(owners.inputs.values()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_take_a_basis(size: int, tmp_path: Path) -> None:
+    run_ranks(rank_work.fit_with_basis, size, tmp_path, tmp_path)
+    for name in rank_work.WITH_BASIS:
+        model, config = models.tiny("llama"), CASES[name]
+        basis = kfade.fit(model, batches()[:2], config)
+        one = kfade.fit(model, batches(), config, basis=basis)
+        many = Curvature.load(tmp_path / name, model)
+        require_close(many, one)
+        for layer, state in basis.items():
+            q = many[layer].input_eigenvectors()
+            assert torch.equal(q, state.input_eigenvectors()), "taken as it is"
 
 
 def test_items_go_to_who_has_least() -> None:
@@ -126,7 +147,7 @@ def test_wrapped_models_are_fitted(size: int, how: str, name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("size, how, names", [
-    (2, "plain", ("one step", "steps")), (2, "ddp", ("one step",)), (2, "fsdp", ("steps",)),
+    (2, "plain", ("one step", "steps", "cholesky")), (2, "ddp", ("one step",)), (2, "fsdp", ("steps",)),
     pytest.param(4, "plain", ("steps", "npo"), marks=pytest.mark.slow),
     pytest.param(4, "fsdp", ("one step", "npo"), marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -193,9 +214,8 @@ def test_what_a_group_cannot_do(tmp_path: Path) -> None:
         assert "store is s and a group is given" in told[1]
         assert "model is sharded and group is None" in told[2]
         assert "config.device_memory is 1.0 and the model is sharded" in told[3]
-        assert "a basis and a group are given" in told[4]
-        assert "config.decomposition is 'cholesky' and a group is given" in told[5]
-    assert "sharded over 2 ranks and group has 1" in ranks[0][6]
+        assert "basis has the layers of one rank alone; save it and load it" in told[4]
+    assert "sharded over 2 ranks and group has 1" in ranks[0][5]
 
 
 # ------------------------------------------------------------------------------------------------- errors
@@ -206,6 +226,8 @@ def test_different_batches_are_refused_everywhere(tmp_path: Path) -> None:
         assert type(error) is ValueError and str(error).startswith("batches of rank 1 differ from those of rank 0")
     for error in run_ranks(rank_work.unlike, 2, tmp_path, "weights"):
         assert type(error) is ValueError and str(error).startswith("the model's weights of rank 1 differ")
+    for error in run_ranks(rank_work.unlike_bases, 2, tmp_path):
+        assert type(error) is ValueError and str(error).startswith("the spectra of the basis of rank 1 differ")
     for error in run_ranks(rank_work.unlike, 2, tmp_path, "options"):
         assert type(error) is ValueError and str(error).startswith("options of rank 1 differ")
 

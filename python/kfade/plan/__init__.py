@@ -218,7 +218,11 @@ def plan_fit(
     stored = stored and device.type == "cpu"
     found = plan_model(model, name, Workload.of(batches), config, now, limit=limit, stored=stored)
     if not found.fits:
-        advice = "" if stored or config.rank is not None else "; finished layers leave memory where the fit has a directory to save them in"
+        advice = (
+            ""
+            if stored or config.rank is not None
+            else "; finished layers leave memory where the fit has a directory to save them in"
+        )
         raise ValueError(
             f"device_memory is {config.device_memory:g} GiB; it must be at least"
             f" {math.ceil(100 * found.peak_bytes / GIB) / 100:g}{advice}. {found.reasons[0]}"
