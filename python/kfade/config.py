@@ -235,14 +235,12 @@ class UnlearnConfig:
         Args:
             changes: fields to set otherwise.
         """
-        values: dict[str, Any] = {
-            "fit": FitConfig(temperature=3.0),
-            "objective": "distil",
-            "steps": 40,
-            "batches_per_step": 1,
-            "retain_weight": 10.0,
-        }
-        return cls(**{**values, **changes})
+        return cls(**{"fit": FitConfig(**STEPWISE_FIT), **STEPWISE, **changes})
+
+
+# What `UnlearnConfig.stepwise` sets, of itself and of its fit.
+STEPWISE: dict[str, Any] = {"objective": "distil", "steps": 40, "batches_per_step": 1, "retain_weight": 10.0}
+STEPWISE_FIT: dict[str, Any] = {"temperature": 3.0}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import typer
 import yaml
 
 from ..config import (
+    STEPWISE,
+    STEPWISE_FIT,
     CompareConfig,
     FitConfig,
     InfluenceConfig,
@@ -22,7 +24,9 @@ from ..config import (
 
 FIT, UNLEARN, INFLUENCE, TOFU, COMPARE = FitConfig(), UnlearnConfig(), InfluenceConfig(), TofuConfig(), CompareConfig()
 DEBUG = "kfade.debug"
-NOT_KEPT = ("config", "as_json", "quiet", "debug")  # how a run is shown, not what it does
+# How a run is shown, not what it does; and flags that stand for other options, which are kept.
+NOT_KEPT = ("config", "stepwise", "as_json", "quiet", "debug")
+PRESET = "kfade.preset"
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -40,8 +44,18 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise ValueError(f"--config {path} has unknown options {unknown}; {ctx.command.name} knows {known}")
-    ctx.default_map = {key: value for key, value in values.items() if value is not None}
+    values = {key: value for key, value in values.items() if value is not None}
+    # Whichever of the two flags came first.
+    ctx.default_map = {**values, **ctx.meta.get(PRESET, {})}
     return path
+
+
+def read_stepwise(ctx: typer.Context, value: bool) -> bool:
+    """The options of many steps become defaults, before those of a file."""
+    if value:
+        ctx.meta[PRESET] = {**STEPWISE, **STEPWISE_FIT}
+        ctx.default_map = {**(ctx.default_map or {}), **ctx.meta[PRESET]}
+    return value
 
 
 def read_debug(ctx: typer.Context, value: bool) -> bool:
@@ -235,6 +249,17 @@ DampingKind = Annotated[
     str,
     typer.Option(
         "--damping-kind", help="relative (times each layer's mean eigenvalue) or absolute.", rich_help_panel=CURVATURE
+    ),
+]
+Stepwise = Annotated[
+    bool,
+    typer.Option(
+        "--stepwise",
+        callback=read_stepwise,
+        is_eager=True,
+        help=f"Many short steps: {', '.join(f'{k} {v}' for k, v in {**STEPWISE, **STEPWISE_FIT}.items())}; each can be"
+        " given beside it.",
+        rich_help_panel=STEP,
     ),
 ]
 Steps = Annotated[int, typer.Option("--steps", help="Steps.", rich_help_panel=STEP)]

@@ -56,6 +56,7 @@ def unlearn(
     tokens_per_dimension: opt.TokensPerDimension = opt.UNLEARN.tokens_per_dimension or 0.0,
     damping: opt.Damping = opt.UNLEARN.damping,
     damping_kind: opt.DampingKind = opt.UNLEARN.damping_kind,
+    stepwise: opt.Stepwise = False,
     steps: opt.Steps = opt.UNLEARN.steps,
     batches_per_step: opt.BatchesPerStep = 0,
     kl_budget: opt.KlBudget = None,
