@@ -46,7 +46,7 @@ def predicted(model: Any, batches: list[dict[str, torch.Tensor]], config: kfade.
     """How many times faster owners decompose than one process, if time goes as n³."""
     checked = check_batches(batches, torch.device("cpu"))
     layers = trace(Head(model, checked[0]), select(model, config.modules), checked[0])
-    owners = owners_of(layers, ranks, config.rank)
+    owners = owners_of(layers, ranks, config)
     costs = [(owners.inputs[layer.name], layer.width_in**3) for layer in layers if layer.leads]
     costs += [(owners.outputs[layer.name], layer.d_out**3) for layer in layers]
     total = sum(n for _, n in costs)
