@@ -388,6 +388,8 @@ print(json.dumps({
         {"dtype": "bfloat16"},
         {"curvature": "kfac", "threads": 2},
         {"max_factor_order": 512, "padding": 9},
+        {"rank": 64, "padding": 9},
+        {"rank": 64, "layers_per_pass": 3, "stored": False},
     ],
     ids=str,
 )
