@@ -37,7 +37,7 @@ from .models import device_of, model_id, state_dtype
 from .plan import plan_fit
 from .progress import Progress, return_freed_memory
 from .ranks import Ranks
-from .resume import BASIS, CORRECTION, FACTORS, FitStore
+from .resume import BASES, BASIS, CORRECTION, FACTORS, FitStore
 from .sharding import check_sharding, is_sharded, unwrapped
 from .storage import STAGES, shapes_of
 
@@ -102,7 +102,7 @@ class _Fit:
         config, store, states = self.config, self.store, self.empty(layers)
         if config.curvature == "identity":
             return states
-        store.restore(states)
+        store.restore(states, owners)
         self._next_stage()
         if config.curvature in ("kfac", "ekfac"):
             if self.basis is not None:
@@ -184,7 +184,9 @@ class _Fit:
 
                 decompose_states(states, decomposed, self.config.rank)
                 self.store.release(states, FACTORS)
-        spread_bases(self.ranks, owners, states, self.config, like)
+        # What was saved before, every rank has read.
+        missing = {x.name: states[x.name] for x in self.store.unfinished(states, layers, BASES)}
+        spread_bases(self.ranks, owners, missing, self.config, like)
 
     def _take_basis(
         self,
@@ -250,15 +252,15 @@ def fit_among(
 ) -> Curvature:
     """What `fit`, `fit_factors` and others that have entered `ranks` share."""
     ranks = ranks or Ranks(None)
-    if store is not None and ranks.group is not None:
-        raise ValueError(
-            f"store is {store} and a group is given: a fit that ranks share cannot save itself as it goes; leave store"
-            " out, and save the curvature afterwards"
-        )
     if isinstance(basis, ShardedCurvature):
         raise ValueError("basis has the layers of one rank alone; save it and load it to have all of them")
     model = unwrapped(model)
     check_sharding(model, ranks.group)
+    if store is not None and is_sharded(model):
+        raise ValueError(
+            f"store is {store} and the model is sharded: such a fit cannot save itself as it goes; leave store out, and"
+            " save the curvature afterwards"
+        )
     if config.device_memory is not None and is_sharded(model):
         raise ValueError(
             f"config.device_memory is {config.device_memory} and the model is sharded, for which there are no plans; it"
@@ -286,7 +288,7 @@ def fit_among(
         stack.enter_context(frozen(model))
         if basis is not None:
             _check_basis(basis, layers, config, state_dtype(model))
-        kept = stack.enter_context(FitStore(store, config, progress))
+        kept = stack.enter_context(FitStore(store, config, progress, ranks))
         idle = idle_batch(device_of(model), attended=False) if is_sharded(model) else None
         first, second = (ranks.mine(part, ranks.share(part), idle) for part in parts)
         decomposes = decomposes and config.decomposition == "eigh"
@@ -328,8 +330,9 @@ def fit(
         progress: where to show progress and record costs.
         store: a directory to save the curvature in as it is fitted. Where the fit is cut off, by whatever, the same
             call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the batch or factor in
-            hand. On a CPU the states that are returned are mapped from its files, but for thin bases. None saves
-            nothing; with a group it must be None.
+            hand. On a CPU the states that are returned are mapped from its files, but for thin bases. With a group it
+            is one directory for all ranks, and as many must go on for the same bits. None saves nothing; of a sharded
+            model it must be None.
         group: the ranks that share the fit; each calls this with the same arguments, all batches among them. None:
             this process alone, whatever is initialised.
         basis: a curvature `kfac` or `ekfac` of the same layers, say of the model before an update: its A, S and
@@ -343,7 +346,7 @@ def fit(
     Raises:
         StorageError: `store` holds something else than this fit, or a corrupt file.
         ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes; or
-            there is both a `store` and a group; or ranks were given different batches, options or weights.
+            there is a `store` and the model is sharded; or ranks were given different batches, options or weights.
         RankError: another rank of the group failed or has ended.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.
         ValueError: no batch, no loss position, or a selection that matches nothing; `basis` is of other layers, of

@@ -6,6 +6,10 @@ and the manifest names it afterwards. In a pass the sums are saved every so many
 process that is killed at any moment loses what it did since, and the next one ends with the same bits: batches are
 summed in the same order, sampled labels depend on nothing but their sequence, and files hold every bit of a sum.
 
+Ranks that share a fit share the directory. Each writes what it owns and the sums of its own batches, and says so in a
+*journal*, a manifest of its own. That of rank 0 is the manifest itself, which takes over the others when a fit ends and
+when it goes on, by however many ranks.
+
 A sketch has no file of its own, since nothing needs it once it is decomposed: with a rank the sums of a finished pass
 stay until then.
 """
@@ -34,6 +38,7 @@ from torch import Tensor, nn
 
 from .config import FitConfig, fit_config, to_dict
 from .curvature import Curvature
+from .distributed import Owners
 from .errors import StorageError
 from .factors import Sketches
 from .layer_curvature import LayerCurvature
@@ -41,6 +46,7 @@ from .layers import Layer
 from .loss import Batch
 from .models import weights_sha256
 from .progress import Progress
+from .ranks import Ranks
 from .storage import (
     COUNTS,
     MANIFEST,
@@ -49,6 +55,7 @@ from .storage import (
     counts_of,
     manifest_of,
     read_checked,
+    read_json,
     read_manifest,
     read_stage,
     read_tensors,
@@ -73,13 +80,15 @@ FACTORS, CORRECTION = ("factors", "input_factors"), ("correction",)
 SKETCHED = {"factors": ("s_sketch", "decomposition"), "input_factors": ("a_sketch", "input_decomposition")}
 # What a fit takes from an earlier one that gives it its basis.
 BASIS = (*FACTORS, "decomposition", "input_decomposition")
+BASES = BASIS[2:]
 # Options that change how a fit runs and not what it gives.
 _FREE = ("layers_per_pass", "device_memory", "checkpoint_seconds")
 # Sums are saved no more often than takes this share of the time.
 CHECKPOINT_SHARE = 0.02
 # A manifest names what was written at the latest so many seconds after, however much is waiting to be written.
 COMMIT_SECONDS = 1.0
-_OURS = re.compile(r"(\d{4,}\.[a-z_]+|checkpoint\.[a-z_]+\.\d+)\.safetensors")
+_OURS = re.compile(r"(\d{4,}\.[a-z_]+|checkpoint\.[a-z_]+\.\d+(\.\d+-of-\d+)?)\.safetensors")
+_JOURNAL = re.compile(r"manifest\.(\d+)\.json")
 
 
 class SideThread:
@@ -152,9 +161,9 @@ def _sums_of(state: LayerCurvature, stages: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
-def _sketched(states: Mapping[str, LayerCurvature]) -> bool:
-    """Whether a state has a sketch that is to be decomposed."""
-    return any(state.a_sketch is not None or state.s_sketch is not None for state in states.values())
+def _stages_in(files: Mapping[str, Mapping[str, str]]) -> set[tuple[str, str]]:
+    """Layer and stage of each file."""
+    return {(entry["layer"], entry["stage"]) for entry in files.values()}
 
 
 def _basis_sha256(basis: Mapping[str, LayerCurvature]) -> str:
@@ -249,11 +258,14 @@ class FitStore:
         directory: made if need be. None keeps nothing, and every method then does nothing.
         config: of the fit.
         progress: is told what is gone on with.
+        ranks: who share the fit.
     """
 
-    def __init__(self, directory: str | Path | None, config: FitConfig, progress: Progress) -> None:
+    def __init__(self, directory: str | Path | None, config: FitConfig, progress: Progress, ranks: Ranks) -> None:
         self._directory = None if directory is None else Path(directory)
-        self._config, self._progress = config, progress
+        self._config, self._progress, self._ranks = config, progress, ranks
+        self._first = ranks.rank == 0
+        self._journal = MANIFEST if self._first else f"manifest.{ranks.rank}.json"
         self._files: dict[str, dict[str, str]] = {}
         self._layers: dict[str, dict[str, Any]] = {}
         self._checkpoint: dict[str, Any] | None = None
@@ -288,8 +300,6 @@ class FitStore:
         if self._directory is None:
             return
         directory = self._directory
-        _probe(directory)
-        self._lock(directory)
         self._device, self._dtype, self._empty = device, dtype, Curvature(replace(self._config), model_id, {})
         self._numbers = {name: number for number, name in enumerate(states)}
         self._layers = {name: counts_of(state) for name, state in states.items()}
@@ -300,13 +310,25 @@ class FitStore:
             "device": device.type,
             "basis": "" if basis is None else _basis_sha256(basis),
         }
-        if (directory / MANIFEST).exists():
-            self._find(_read(directory, self._config, self._made_from), states)
-        self._clean(directory)
-        self._require_room(directory, states, dtype)
-        if not self._files:
+        if self._first:
+            _probe(directory)
+            self._lock(directory)
+            if (directory / MANIFEST).exists():
+                self._find(_read(directory, self._config, self._made_from), states)
+            self._clean(directory)
+            self._require_room(directory, states, dtype)
+        self._known, found = self._ranks.gather([self._layers, self._files] if self._first else None)[0]
+        self._found = dict(found)
+        self._done = _stages_in(found)
+        if not self._first:
+            self._layers, journal = {}, directory / self._journal
+            if journal.exists():
+                self._checkpoint = self._sums_in(read_json(journal))
+        if not (self._first and self._files):
             with self._writer():
                 self._commit(finished=False)
+        # No rank writes a file while a journal of an earlier run names one.
+        self._ranks.gather(None)
 
     def _lock(self, directory: Path) -> None:
         self._descriptor = os.open(directory, os.O_RDONLY)
@@ -323,39 +345,71 @@ class FitStore:
         where = self._directory / MANIFEST
         try:
             fixed = [name for name in COUNTS if name != "positions"]
+            journals = self._journals()
             layers = manifest["layers"]
             if list(layers) != list(states) or any(
                 layers[n].get(c) != getattr(s, c) for n, s in states.items() for c in fixed
             ):
                 raise StorageError(f"{self._directory} holds a fit of other layers; give another directory")
-            checkpoint = manifest["fit"].get("checkpoint")
-            named = [*manifest["files"], *([checkpoint["file"]] if checkpoint else [])]
-            strange = [name for name in named if not _OURS.fullmatch(name)]
+            files: dict[str, Any] = dict(manifest["files"])
+            counts = dict(layers)
+            for journal in journals.values():
+                # What is in both was written again since rank 0 took it over.
+                files |= journal["files"]
+                counts |= journal["layers"]
+            self._checkpoint = self._sums_in(manifest)
+            strange = [name for name in files if not _OURS.fullmatch(name)]
             if strange:
                 raise StorageError(f"{where} names {strange[0]!r}, which is not a file of a fit")
-            for name, entry in manifest["files"].items():
+            for name, entry in files.items():
                 # One that somebody removed is computed again.
                 if (self._directory / name).is_file():
                     self._files[name] = {key: str(entry[key]) for key in ("layer", "stage", "sha256")}
-            self._layers = {name: dict(counts) for name, counts in layers.items()}
-            if checkpoint and (self._directory / checkpoint["file"]).is_file():
-                self._checkpoint = {
-                    key: checkpoint[key] for key in ("file", "sha256", "stages", "layers", "batches", "positions")
-                }
+            self._layers = {name: dict(counts[name]) for name in layers}
         except (KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{where} is not a manifest of a fit: {error}") from error
-        self._found = dict(self._files)
-        self._done = {(entry["layer"], entry["stage"]) for entry in self._found.values()}
+        if journals:
+            with self._writer():
+                self._commit(finished=False)
+        self._done = _stages_in(self._files)
         needed = sum(len(self._required(state)) for state in states.values())
-        if self._done or self._checkpoint:
-            self._progress.say(f"{self._directory} has {len(self._done)} of {needed} files of this fit already")
+        if self._files or self._checkpoint:
+            self._progress.say(f"{self._directory} has {len(self._files)} of {needed} files of this fit already")
+
+    def _journals(self) -> dict[str, dict[str, Any]]:
+        """Of other ranks of this very fit, by name; those of another one are left out."""
+        assert self._directory is not None
+        names = sorted(path.name for path in self._directory.iterdir() if _JOURNAL.fullmatch(path.name))
+        found = {name: read_json(self._directory / name) for name in names}
+        return {name: values for name, values in found.items() if values["fit"]["made_from"] == self._made_from}
+
+    def _sums_in(self, journal: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The sums of a pass that a journal names, where they are those of this rank among as many."""
+        assert self._directory is not None
+        found = journal["fit"].get("checkpoint")
+        if not found:
+            return None
+        if not _OURS.fullmatch(found["file"]):
+            raise StorageError(f"{self._directory} has sums in {found['file']!r}, which is not a file of a fit")
+        if found.get("rank", [0, 1]) != self._rank or not (self._directory / found["file"]).is_file():
+            return None
+        return {key: found[key] for key in ("file", "sha256", "stages", "layers", "batches", "positions")}
+
+    @property
+    def _rank(self) -> list[int]:
+        return [self._ranks.rank, self._ranks.size]
 
     def _clean(self, directory: Path) -> None:
-        """Remove what a killed process left behind: files of ours that the manifest does not name."""
+        """Remove what a killed process left behind: files of ours that no journal names, and journals of no rank."""
         remove_leftovers(directory)
         named = {*self._files, *([self._checkpoint["file"]] if self._checkpoint else [])}
+        kept = self._journals() if (directory / MANIFEST).exists() else {}
+        for number in range(1, self._ranks.size):
+            sums = kept.get(f"manifest.{number}.json", {}).get("fit", {}).get("checkpoint")
+            if sums and sums.get("rank") == [number, self._ranks.size]:
+                named |= {f"manifest.{number}.json", sums["file"]}
         for path in directory.iterdir():
-            if _OURS.fullmatch(path.name) and path.name not in named:
+            if (_OURS.fullmatch(path.name) or _JOURNAL.fullmatch(path.name)) and path.name not in named:
                 path.unlink()
 
     def _required(self, state: LayerCurvature) -> list[str]:
@@ -421,7 +475,7 @@ class FitStore:
         content = manifest_of(self._empty.config, self._empty.model_id, self._layers, self._files)
         content["fit"] = {"finished": finished, "made_from": self._made_from, "checkpoint": self._checkpoint}
         sync(self._directory)
-        write_text(self._directory / MANIFEST, json.dumps(content, indent=1 if finished else None))
+        write_text(self._directory / self._journal, json.dumps(content, indent=1 if finished else None))
         self._committed = time.monotonic()
 
     def _commit_soon(self) -> None:
@@ -457,12 +511,22 @@ class FitStore:
         }
         return [x for x in layers if x.group in groups]
 
-    def restore(self, states: Mapping[str, LayerCurvature]) -> None:
-        """Give states what is in the directory of them.
+    def _owns(self, state: LayerCurvature, stage: str) -> bool:
+        """Whether this rank keeps, and writes, what the stage leaves in a state."""
+        owner = self._owners.inputs[state.group] if stage in SHARED else self._owners.outputs[state.name]
+        return owner == self._ranks.rank
+
+    def restore(self, states: Mapping[str, LayerCurvature], owners: Owners) -> None:
+        """Give states what is in the directory of them: eigenvectors, and of the rest what this rank owns.
+
+        Args:
+            states: of one pass.
+            owners: of them.
 
         Raises:
             StorageError: a file is corrupt. Where it is removed, the same call computes it again.
         """
+        self._owners = owners
         if self._directory is None:
             return
         done = self._done.issuperset((name, stage) for name, state in states.items() for stage in self._required(state))
@@ -470,11 +534,11 @@ class FitStore:
         device = None if done and self._device.type == "cpu" else self._device
         for name, entry in self._found.items():
             state = states.get(entry["layer"])
-            if state is not None:
+            if state is not None and (entry["stage"] in BASES or self._owns(state, entry["stage"])):
                 with _mended_by_removal():
                     read_stage(state, self._directory, name, entry["sha256"], device, self._config.rank)
         for name, state in states.items():
-            state.positions = self._layers[name]["positions"]
+            state.positions = self._known[name]["positions"]
         share_in_groups(states)
 
     def resume(
@@ -489,6 +553,7 @@ class FitStore:
             for field in (field for stage in stages for field in (*STAGES[stage], *SKETCHED.get(stage, ())[:1])):
                 setattr(state, field, None)
             state.positions = state.positions if stages == CORRECTION else 0
+        self._forget(states, stages)
         self._next = time.monotonic() + self._config.checkpoint_seconds
         found = self._checkpoint
         if found is None or found["stages"] != list(stages) or not set(found["layers"]).issuperset(states):
@@ -503,6 +568,15 @@ class FitStore:
         self._begun = found["batches"]
         self._progress.say(f"going on after batch {self._begun} of {len(batches)} of {stages[0]}")
         return batches[self._begun :]
+
+    def _forget(self, states: Mapping[str, LayerCurvature], stages: Sequence[str]) -> None:
+        """Name no file that is about to be written again: by another number of ranks, it may get other bits."""
+        again = [n for n, entry in self._files.items() if entry["layer"] in states and entry["stage"] in stages]
+        if again:
+            self._files = {name: entry for name, entry in self._files.items() if name not in again}
+            with self._writer() as writer:
+                writer.submit(lambda: self._commit(finished=False))
+                writer.wait()
 
     def _set_sums(self, states: Mapping[str, LayerCurvature], tensors: Mapping[str, Tensor], path: Path) -> None:
         """Give states the sums that a file has of them; those of other layers are left."""
@@ -528,7 +602,7 @@ class FitStore:
             if self._directory is None:
                 continue
             if done == self._begun + len(batches):
-                if _sketched(self._states):
+                if self._sketches(self._states):
                     self._save_sums(done)
                 continue
             with self._writer() as writer:
@@ -537,9 +611,19 @@ class FitStore:
                 self._save_sums(done)
             self._stop_if_interrupted()
 
+    def _sketches(self, states: Mapping[str, LayerCurvature]) -> bool:
+        """Whether a factor of these is sketched."""
+        return any(
+            stage not in stages_of(state, self._config.rank)
+            for state in states.values()
+            for stage in stages_of(state)
+            if stage in FACTORS
+        )
+
     def _save_sums(self, done: int) -> None:
         assert self._directory is not None
-        begin, path = time.monotonic(), self._directory / f"checkpoint.{self._stages[0]}.{done:06d}.safetensors"
+        begin, whose = time.monotonic(), "" if self._ranks.size == 1 else ".{}-of-{}".format(*self._rank)
+        path = self._directory / f"checkpoint.{self._stages[0]}.{done:06d}{whose}.safetensors"
         tensors = {
             f"{name}/{key}": value
             for name, state in self._states.items()
@@ -547,6 +631,7 @@ class FitStore:
         }
         entry = {
             "file": path.name,
+            "rank": self._rank,
             "stages": list(self._stages),
             "layers": list(self._states),
             "batches": done,
@@ -573,11 +658,12 @@ class FitStore:
             (self._numbers[name], name, stage, stage_tensors(state, stage))
             for name, state in states.items()
             for stage in stages
-            if stage in stages_of(state, self._config.rank)
+            if stage in stages_of(state, self._config.rank) and self._owns(state, stage)
         ]
         # The sums of a sketch are in no file of these.
-        replaced = not (stages == FACTORS and _sketched(states))
-        counts = {name: counts_of(state) for name, state in states.items()}
+        replaced = not (stages == FACTORS and self._sketches(states))
+        named = states if self._ranks.size == 1 else {name for _, name, _, _ in files}
+        counts = {name: counts_of(states[name]) for name in named}
 
         def save() -> None:
             try:
@@ -604,9 +690,10 @@ class FitStore:
         with self._writer() as writer:
             writer.wait()
         for name, entry in self._files.items():
-            if entry["layer"] in states and entry["stage"] in stages:
+            state = states.get(entry["layer"])
+            if state is not None and entry["stage"] in stages and self._owns(state, entry["stage"]):
                 for key, value in read_tensors(self._directory / name).items():
-                    set_tensor(states[entry["layer"]], key, value, self._directory / name, self._config.rank)
+                    set_tensor(state, key, value, self._directory / name, self._config.rank)
         share_in_groups(states)
 
     def finish(self) -> None:
@@ -617,12 +704,28 @@ class FitStore:
         def whole() -> None:
             if self._checkpoint is not None:
                 self._replace_checkpoint(None)
-            self._commit(finished=True)
+            self._commit(finished=self._ranks.size == 1)
 
         with self._writer() as writer:
             writer.submit(whole)
             writer.wait()
+        if self._ranks.size > 1:
+            self._finish_together()
         self._stop_if_interrupted()
+
+    def _finish_together(self) -> None:
+        """Rank 0 names what all have written; the other journals are then superfluous."""
+        assert self._directory is not None
+        told = self._ranks.gather(None if self._first else [self._layers, self._files])
+        if self._first:
+            for layers, files in told[1:]:
+                self._layers |= layers
+                self._files |= files
+            with self._writer():
+                self._commit(finished=True)
+        self._ranks.gather(None)
+        if not self._first:
+            (self._directory / self._journal).unlink(missing_ok=True)
 
     def _stop_if_interrupted(self) -> None:
         if self._interrupted:

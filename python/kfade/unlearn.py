@@ -449,8 +449,6 @@ def unlearn(
             f"config.cg_iterations is {config.cg_iterations} and a group is given: conjugate gradients run in one"
             " process alone; it must be 0"
         )
-    if group is not None and store is not None:
-        raise ValueError(f"store is {store} and a group is given: a fit that ranks share is not saved as it goes")
     if curvature is not None and store is not None:
         raise ValueError(f"store is {store}, and a curvature is given: there is nothing to fit; give one of them")
     if (every > 0) != (observe is not None):

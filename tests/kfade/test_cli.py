@@ -582,7 +582,7 @@ def test_ranks_share_a_command_and_one_of_them_speaks(home: Path, tmp_path: Path
     common = ["--batch-size", 4, "--dtype", "float64", "--json"]
     fit = ["fit", *sources(home)[:2], *sources(home)[4:], *common]
     unlearn = ["unlearn", *sources(home), *common, "--steps", 2, "--kl-budget", 0.05, "--max-new-tokens", 4]
-    for words, name in ((fit, "f"), (unlearn, "u")):
+    for words, name in ((fit, "f"), ([*unlearn, "--keep-factors"], "u"), (unlearn, "v")):
         alone = json.loads(done(*words, "--out", one / name).stdout)
         arguments = [str(word) for word in (*words, "--out", two / name)]
         (code, output, error), (quiet_code, *silence) = run_ranks(
@@ -593,10 +593,12 @@ def test_ranks_share_a_command_and_one_of_them_speaks(home: Path, tmp_path: Path
         shared = json.loads(output)
         assert shared.keys() == alone.keys()
         assert shared.get("layers") == alone.get("layers")
-    whole, parts = (kfade.Curvature.load(folder / "f") for folder in (one, two))
-    for name, state in whole.items():
-        # Sums over two ranks round otherwise than those of one; the eigenvectors of Λ with them.
-        torch.testing.assert_close(parts[name].eigenvalues(), state.eigenvalues(), rtol=1e-7, atol=1e-12)
+    for place in ("f", "u/factors"):
+        whole, parts = (kfade.Curvature.load(folder / place) for folder in (one, two))
+        for name, state in whole.items():
+            # Sums over two ranks round otherwise than those of one; the eigenvectors of Λ with them.
+            torch.testing.assert_close(parts[name].eigenvalues(), state.eigenvalues(), rtol=1e-7, atol=1e-12)
+    assert not (one / "v" / "factors").exists() and not (two / "v" / "factors").exists()
     updates = [kfade.Update.load(folder / "u").tensors for folder in (one, two)]
     for name, tensor in updates[0].items():
         torch.testing.assert_close(updates[1][name], tensor, rtol=1e-6, atol=1e-9)
@@ -607,9 +609,6 @@ def test_a_rank_says_which_it_is_when_it_fails(home: Path, tmp_path: Path) -> No
     for rank, (code, output, error) in enumerate(run_ranks(rank_work.command, 2, tmp_path, bad, launched=True)):
         assert (code, output) == (2, "")
         assert error.startswith(f"error of rank {rank}: ")
-    kept = [str(word) for word in ("unlearn", *sources(home), "--out", tmp_path, "--keep-factors")]
-    for code, _, error in run_ranks(rank_work.command, 2, tmp_path, kept, launched=True):
-        assert code == 2 and "factors are to be kept by 2 processes" in error
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]

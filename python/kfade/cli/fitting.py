@@ -87,13 +87,7 @@ def fit(
             planned = plan_run(loaded, batches, options, model, out)
         for reason in planned.reasons:
             progress.say(reason)
-    saves_itself = group is None
-    fitted = fit_curvature(
-        loaded, batches, options, progress=progress, store=out if saves_itself else None, group=group, basis=given
-    )  # fmt: skip
-    if not saves_itself:
-        with progress.stage("save"):
-            fitted.save(out)
+    fitted = fit_curvature(loaded, batches, options, progress=progress, store=out, group=group, basis=given)
     if not first:
         return
     names = list(getattr(fitted, "owners", fitted))

@@ -137,15 +137,12 @@ def unlearn(
         "Forget": read_source(eval_forget or forget, limit)[:eval_limit],
         "Retain": read_source(eval_retain or retain, limit)[:eval_limit],
     }
-    device, (number, processes) = own_device(device), launched()
+    device, number = own_device(device), launched()[0]
     models.check_model(model, dtype, device)
-    # A fit that ranks share does not save itself as it goes.
-    store = out / "factors" if factors is None and processes == 1 else None
-    if keep_factors and processes > 1:
-        raise ValueError(f"factors are to be kept by {processes} processes; fit them first with `kfade fit`")
+    store = out / "factors" if factors is None else None
     if factors is not None:
         read_manifest(factors)
-    if store is not None:
+    if store is not None and number == 0:
         # What an earlier run has finished stays.
         keep_factors = check_store(store, options.fit) or keep_factors
     if save_model:
