@@ -163,8 +163,6 @@ class Model:
     ) -> None:  # fmt: skip
         self.layers, self.foot, self.config, self.load, self.rates = layers, foot, config, load, rates
         self.dtype, self.devices, self.vocabulary = dtype, devices, vocabulary
-        # Thin bases are copied from files: how products with them round depends on where in memory they lie.
-        self.stored = stored and config.rank is None
         self.compute = dtype if config.autocast == "off" else getattr(torch, config.autocast)
         self.state = torch.float64 if dtype == torch.float64 else torch.float32
         self.itemsize = self.state.itemsize
@@ -178,6 +176,8 @@ class Model:
         self.decomposes = self.has_factors and config.decomposition == "eigh"
         self.has_correction = config.curvature in ("diagonal", "ekfac")
         self.on_cpu = rates.kind == "cpu"
+        # A CPU copies thin bases from files: how products with them round depends on where in memory they lie.
+        self.stored = stored and (config.rank is None or not self.on_cpu)
         self.sharded = devices > 1 and weights > rates.memory / 4
         gathered = 2.0 * weights / blocks if self.sharded and blocks else 0.0
         copies = foot.rows[1] * vocabulary * self.compute.itemsize if self._copies_projection() else 0
