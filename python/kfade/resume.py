@@ -393,7 +393,8 @@ class FitStore:
             raise StorageError(f"{self._directory} has sums in {found['file']!r}, which is not a file of a fit")
         if found.get("rank", [0, 1]) != self._rank or not (self._directory / found["file"]).is_file():
             return None
-        return {key: found[key] for key in ("file", "sha256", "stages", "layers", "batches", "positions")}
+        kept = ("file", "sha256", "stages", "layers", "batches", "positions")
+        return {**{key: found[key] for key in kept}, "rank": self._rank}
 
     @property
     def _rank(self) -> list[int]:
