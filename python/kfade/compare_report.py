@@ -57,7 +57,7 @@ def _legend(axes: Any) -> None:
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("K-FADE"))
     axes.legend(
         [handles[i] for i in order], [labels[i] for i in order], loc="upper center", bbox_to_anchor=(0.5, -0.14),
-        ncols=4, fontsize=9,
+        ncols=4 if max(map(len, labels), default=0) < 24 else 3, fontsize=9,
     )  # fmt: skip
 
 
