@@ -80,6 +80,7 @@ class Setting:
         measured: sequences of a set that are measured on, at most.
         base, tuning: how the model is trained on the other authors, and then on these.
         batch: sequences a batch.
+        learning_rates: that every baseline tries.
     """
 
     small: bool
@@ -90,6 +91,7 @@ class Setting:
     base: TrainConfig | None
     tuning: TrainConfig
     batch: int
+    learning_rates: tuple[float, ...]
 
 
 _TRAINING: dict[str, Any] = {"warmup": 0.5, "schedule": "cosine", "weight_decay": 0.1}
@@ -97,10 +99,11 @@ SETTINGS = {
     "tofu": Setting(
         True, {"forget01": 10, "forget05": 4, "forget10": 2.5}, 40, 10, 48,
         TrainConfig(learning_rate=2e-3, epochs=3, **_TRAINING), TrainConfig(learning_rate=1e-3, epochs=8, **_TRAINING),
-        16,
+        16, (1e-4, 3e-4, 1e-3),
     ),
     "tofu-smollm": Setting(
-        False, {"forget01": 5}, 6, 2, 40, None, TrainConfig(learning_rate=5e-5, epochs=4, **_TRAINING), 8,
+        False, {"forget01": 5}, 10, 2, 40, None, TrainConfig(learning_rate=1e-4, epochs=5, **_TRAINING),
+        8, (2e-5, 1e-4),
     ),
 }  # fmt: skip
 
@@ -277,7 +280,7 @@ def sizes(options: argparse.Namespace, stage: str, split: str, ablate: bool) -> 
     budgets = (middle(options),) if ablate else tuple(options.budgets)
     return CompareConfig(
         tuple(options.methods), budgets, options.seeds, setting.splits[split],
-        tuple(options.learning_rates),
+        tuple(options.learning_rates or setting.learning_rates),
     )  # fmt: skip
 
 
@@ -344,7 +347,7 @@ def tofu_sweeps(options: argparse.Namespace, pool: ProcessPoolExecutor, stage: s
             for name, ablate in names:
                 job = pool.submit(work, stage, split, seed, name, ablate)
                 jobs[job] = (split, ablate)
-                costs[job] = steps if not ablate else steps / len(options.learning_rates)
+                costs[job] = steps if not ablate else steps / len(sizes(options, stage, split, False).learning_rates)
     found = all_done(costs, stage)
     sweeps = []
     for split, ablate in dict.fromkeys(jobs.values()):
@@ -501,7 +504,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=tuple(FORGOTTEN), default=list(FORGOTTEN))
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=[n for n in NAMES if n not in LEFT_OUT])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="retain KL, nats a token")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", help="that every baseline tries on ToFU")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, help="passes over a forget set; by default more over smaller ones")
     parser.add_argument("--limit", type=int, default=24, help="ToFU questions a set for probability, utility, …")
