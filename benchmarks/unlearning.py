@@ -33,7 +33,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from kfade import UnlearnConfig, compare_report, tofu
+from kfade import UnlearnConfig, tofu
 from kfade.baselines import TrainConfig, finetune
 from kfade.compare import (
     MARGIN,
@@ -46,6 +46,7 @@ from kfade.compare import (
     Yardstick,
     ablation,
     line_of,
+    report,
     sweep,
     sweep_method,
     tries,
@@ -446,14 +447,14 @@ def durability() -> list[str]:
     last = {row["method"]: row["date"] for row in rows}
     kept = [{k: v for k, v in row.items() if k not in left_out} for row in rows if row["date"] == last[row["method"]]]
     note = "Recorded by benchmarks/durability.py: relearning, rounded weights, and the update applied again."
-    return [compare_report.rows_section("Does it last?", note, kept)]
+    return [report.rows_section("Does it last?", note, kept)]
 
 
 def write(options: argparse.Namespace, sweeps: list[Sweep], notes: list[str]) -> Path:
     intros = [next((text for begin, text in INTROS.items() if s.name.startswith(begin)), "") for s in sweeps]
     lead = f"{os.cpu_count()} cores; {options.workers} runs at a time with one thread each for ToFU, one with all for"
     lead += " SmolLM2; seconds are of unlearning alone. " + " ".join(notes)
-    return compare_report.write(options.out, "What unlearning costs", lead, sweeps, intros=intros, more=durability())
+    return report.write(options.out, "What unlearning costs", lead, sweeps, intros=intros, more=durability())
 
 
 def run(options: argparse.Namespace) -> None:

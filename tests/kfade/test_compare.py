@@ -17,10 +17,10 @@ import torch
 from pages import run_examples
 from typer.testing import CliRunner
 
-from kfade import UnlearnConfig, compare, compare_report
+from kfade import UnlearnConfig, compare
 from kfade.baselines import BaselineConfig
 from kfade.cli import app
-from kfade.compare import Point, Run, Sweep, Task, Yardstick, at_equal_kl, our_seconds, tries, verdict
+from kfade.compare import Point, Run, Sweep, Task, Yardstick, at_equal_kl, our_seconds, report, runs, tries, verdict
 from kfade.config import CompareConfig
 from kfade.data import read_jsonl
 from kfade.evaluate import references, scores
@@ -139,13 +139,13 @@ def test_points_are_what_other_measurements_say(task: Task) -> None:
     retrained = models.tiny("llama", scale=0.3)
     before = {n: p.clone() for n, p in task.model.named_parameters()}
     config = BaselineConfig(method="npo", learning_rate=1e-2, epochs=3, warmup=0)
-    found = compare.run(task, "npo", config, 1, OPTIONS)
+    found = runs.run(task, "npo", config, 1, OPTIONS)
     assert all(torch.equal(p, before[n]) for n, p in task.model.named_parameters())
     assert [p.step for p in found.points] == [0, 1, 2, 3]
     assert found.points[0].retain_kl == 0.0
     assert (found.seed, found.config["seed"]) == (1, 1)
     # The last point, from the update that the method itself returns.
-    update = compare.run_baseline(task.model, task.forget, task.retain, replace(config, seed=1))
+    update = runs.run_baseline(task.model, task.forget, task.retain, replace(config, seed=1))
     update.apply_(task.model)
     last, forget, held = found.points[-1], task.yardstick.forget, task.yardstick.held
     expected = {
@@ -175,7 +175,7 @@ def scores_of_update(task: Task, update: Any, held: Any) -> float:
 @pytest.mark.parametrize("name", compare.NAMES)
 def test_every_method_leaves_points_and_the_model(name: str, task: Task) -> None:
     before = {n: p.clone() for n, p in task.model.named_parameters()}
-    found = compare.run(task, name, tries(name, task.model, 1, OPTIONS)[0], 0, OPTIONS)
+    found = runs.run(task, name, tries(name, task.model, 1, OPTIONS)[0], 0, OPTIONS)
     assert all(torch.equal(p, before[n]) for n, p in task.model.named_parameters())
     assert found.points[0].step == 0 and len(found.points) > 1
     assert all(p.tokens > 0 and p.seconds > 0 for p in found.points[1:])
@@ -184,26 +184,26 @@ def test_every_method_leaves_points_and_the_model(name: str, task: Task) -> None
 
 def test_the_best_model_within_a_budget_is_inspected(task: Task) -> None:
     config = BaselineConfig(method="gradient_ascent", learning_rate=1e-4, epochs=3, warmup=0, schedule="constant")
-    found = compare.run(task, "gradient_ascent", config, 0, OPTIONS)
+    found = runs.run(task, "gradient_ascent", config, 0, OPTIONS)
     best = at_equal_kl(found.points, 0.1)["gradient_ascent"][0]
     assert best.step > 0
     seen = found.details["0.1"]["values"]["weight"]
     steps: list[tuple[int, float]] = []
-    compare.run_baseline(
+    runs.run_baseline(
         task.model, task.forget, task.retain, config, every=1,
         observe=lambda step, _: steps.append((step, float(weight(task.model)))),
     )  # fmt: skip
     assert dict(steps)[best.step] == seen
-    beaten = compare.run(task, "gradient_ascent", config, 0, OPTIONS, beat=dict.fromkeys(BUDGETS, -1.0))
+    beaten = runs.run(task, "gradient_ascent", config, 0, OPTIONS, beat=dict.fromkeys(BUDGETS, -1.0))
     assert beaten.details == {}
 
 
 def test_a_ruined_run_and_one_at_its_time_end_early(task: Task) -> None:
     config = BaselineConfig(method="gradient_ascent", learning_rate=0.5, epochs=200, warmup=0, schedule="constant")
-    found = compare.run(task, "gradient_ascent", config, 0, OPTIONS)
+    found = runs.run(task, "gradient_ascent", config, 0, OPTIONS)
     assert found.points[-1].step < 200
     assert "the retain KL is" in found.warnings[-1]
-    found = compare.run(task, "gradient_ascent", config, 0, replace(OPTIONS, seconds=1e-9))
+    found = runs.run(task, "gradient_ascent", config, 0, replace(OPTIONS, seconds=1e-9))
     assert [p.step for p in found.points] == [0]
     assert "limit of 1e-09 seconds" in found.warnings[-1]
 
@@ -215,7 +215,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(task: Task, tmp_path: Path, mo
     methods = {name: tries(name, task.model, 1, OPTIONS) for name in ("gradient_ascent", "npo")}
     whole = compare.sweep(task, methods, OPTIONS, tmp_path / "whole")
     started: list[tuple[str, int]] = []
-    original = compare.run
+    original = runs.run
 
     def until(stop: int) -> Any:
         def run(task: Task, label: str, config: Any, seed: int, *args: Any, **kwargs: Any) -> Run:
@@ -226,7 +226,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(task: Task, tmp_path: Path, mo
 
         return run
 
-    monkeypatch.setattr(compare, "run", until(5))
+    monkeypatch.setattr(runs, "run", until(5))
     with pytest.raises(KeyboardInterrupt):
         compare.sweep(task, methods, OPTIONS, tmp_path / "cut")
     files = sorted((tmp_path / "cut").iterdir())
@@ -234,7 +234,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(task: Task, tmp_path: Path, mo
     # One file is cut in half, and one is of another program.
     files[0].write_text(files[0].read_text()[: files[0].stat().st_size // 2])
     files[1].write_text('{"format": "something"}')
-    monkeypatch.setattr(compare, "run", until(100))
+    monkeypatch.setattr(runs, "run", until(100))
     again = compare.sweep(task, methods, OPTIONS, tmp_path / "cut")
     assert len(started) == 5 + 3 + 2
     # Same inputs, same bits; only the clock differs.
@@ -263,7 +263,7 @@ def test_the_page_fetches_nothing_and_escapes_all(tmp_path: Path) -> None:
     details = {"0.1": {"values": {"utility": 0.5}, "replies": ["<i>yes</i>"]}}
     made = of(points, questions=["who?"], replies={"original": ["<u>me</u>"]})
     made = replace(made, runs=[replace(run, details=details, warnings=["<s>"]) for run in made.runs])
-    page = compare_report.write(tmp_path, "title", "lead", [made]).read_text(encoding="utf-8")
+    page = report.write(tmp_path, "title", "lead", [made]).read_text(encoding="utf-8")
     checked(page)
     assert page.count("<svg") == 3
     for text in ("<b>", "<i>", "<u>", "<s>"):
@@ -272,14 +272,14 @@ def test_the_page_fetches_nothing_and_escapes_all(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "points.csv").open()))
     assert len(rows) == len(made.points)
     assert {row["task"] for row in made.rows()} == {"made by hand"}
-    same = compare_report.write(tmp_path / "again", "title", "lead", [made]).read_text(encoding="utf-8")
+    same = report.write(tmp_path / "again", "title", "lead", [made]).read_text(encoding="utf-8")
     assert same == page
 
 
 def test_a_page_without_a_retrained_model_and_with_one_run(tmp_path: Path) -> None:
     made = of([no_target(point("npo", 0, 0.05, 3.0))], retrained=[])
     made = replace(made, runs=[replace(r, points=[no_target(p) for p in r.points]) for r in made.runs])
-    page = compare_report.write(tmp_path, "title", "lead", [made]).read_text(encoding="utf-8")
+    page = report.write(tmp_path, "title", "lead", [made]).read_text(encoding="utf-8")
     checked(page)
     assert "KL to retrained" not in page
 

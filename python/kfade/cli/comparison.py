@@ -92,7 +92,7 @@ def compare(
     Writes report.html, points.csv, compare.json, config.yaml and runs/ into OUT; finished runs there are not run again.
     """
     from .. import compare as comparison
-    from .. import compare_report
+    from ..compare import report
     from ..data import check_loss_on
     from ..models import check_model
 
@@ -116,7 +116,7 @@ def compare(
         device=device, progress=progress, **batching,
     )  # fmt: skip
     with progress.stage("report"):
-        page = compare_report.write(out, "Unlearning methods compared", f"Model {model}.", [result])
+        page = report.write(out, "Unlearning methods compared", f"Model {model}.", [result])
     values = {"command": "compare", "out": str(out), **result.to_json()}
     print_result(as_json, values, *_compare_tables(result))
     for budget in options.budgets:

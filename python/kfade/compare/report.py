@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .compare import OURS, OWN, Point, Sweep, at_equal_kl, our_best, our_seconds, points_csv, ranked, spread, verdict
-from .report import BLUE, GREEN, GREY, ORANGE, html_cells, html_figure, html_page, html_table, number_text, svg_of
-from .storage import write_text
+from ..report import BLUE, GREEN, GREY, ORANGE, html_cells, html_figure, html_page, html_table, number_text, svg_of
+from ..storage import write_text
+from .methods import OURS, OWN
+from .points import Point, at_equal_kl, spread
+from .results import Sweep, our_best, our_seconds, points_csv, ranked, verdict
 
 # K-FADE is blue and thick, in many steps dark blue; then Okabe and Ito's other colours, and more by line style.
 _COLOURS = (ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#7b3f9e", "#8c6d31", "#000000", GREY)
