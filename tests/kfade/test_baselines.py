@@ -21,7 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import kfade
 from kfade import baselines
-from kfade.baselines import METHODS, BaselineConfig, Context, TrainConfig, finetune, retrain, run_baseline
+from kfade.baselines import METHODS, BaselineConfig, Context, TrainConfig, finetune, loop, retrain, run_baseline
 from kfade.loss import check_batches
 from kfade.unlearn import cycled
 
@@ -136,7 +136,7 @@ def ready(model: nn.Module, options: BaselineConfig) -> Iterator[Context]:
     forget, retain = check_batches(FORGET, CPU), check_batches(RETAIN, CPU)
     with (
         kfade.Progress().stage("") as stage,
-        baselines._training(model, parameters, partial=options.layer is not None),
+        loop._training(model, parameters, partial=options.layer is not None),
     ):
         context = Context(model, forget[0], options, originals)
         context.prepare(forget, retain, METHODS[options.method].needs, stage)
@@ -375,7 +375,7 @@ def test_the_update_reaches_what_was_observed_last_and_can_be_saved(tmp_path: Pa
 
 def test_observers_are_not_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("kfade.baselines.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("kfade.baselines.loop.time.perf_counter", lambda: now[0])
     model, seen = tiny("llama", torch.float32), []
 
     def training(*_: object) -> None:
@@ -499,13 +499,13 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(method: str, how: str, mo
     observe = interrupt if how == "observer" else None
     if how == "model":
         steps: list[int] = []
-        step = baselines._Loop._step
+        step = loop._Loop._step
 
         def failing(self: Any, number: int, loss: Tensor) -> str:
             steps.append(number)
             return interrupt() or "" if number == 3 else step(self, number, loss)
 
-        monkeypatch.setattr(baselines._Loop, "_step", failing)
+        monkeypatch.setattr(loop._Loop, "_step", failing)
     options = config(method, epochs=4) if method in METHODS else TrainConfig(learning_rate=1e-2)
     run = (
         functools.partial(run_baseline, model, FORGET, RETAIN)
