@@ -21,6 +21,7 @@ from kfade import DataError, tofu
 from kfade.cli import app
 from kfade.config import TofuConfig
 from kfade.errors import MissingLibraryError
+from kfade.tofu import evaluation, scores
 
 pytest.importorskip("rouge_score", reason="rouge-score, of the extra eval, is not installed")
 pytest.importorskip("scipy", reason="SciPy, of the extra eval, is not installed")
@@ -128,7 +129,7 @@ def test_rouge_stems_words_and_ignores_order_that_is_not_common() -> None:
 
 def test_a_log_by_number_of_the_question_is_the_same(tmp_path: Path) -> None:
     logs = small()
-    names = {name: file for file, name in tofu._FILES.items()}
+    names = {name: file for file, name in scores._FILES.items()}
 
     def numbered(rows: list[Any]) -> dict[str, Any]:
         return {str(n): rows[n] for n in reversed(range(len(rows)))}
@@ -453,17 +454,17 @@ def test_what_is_done_is_not_done_again(home: Path, tmp_path: Path, monkeypatch:
         return measure(*args, name=name, **options)
 
     stopped: list[str] = []
-    monkeypatch.setattr(tofu, "measure", watched)
+    monkeypatch.setattr(evaluation, "measure", watched)
     whole = arguments(home, tmp_path)
     interrupted = call(*whole)
     assert interrupted.exit_code == 130 and stopped == ["real_authors"] and measured == ["retain", "forget"]
     finished = json.loads(call(*whole).stdout)
     assert measured == list(tofu.SETS)
     assert json.loads(call(*whole).stdout)["sets"] == finished["sets"] and len(measured) == 4
-    monkeypatch.setattr(tofu, "measure", measure)
+    monkeypatch.setattr(evaluation, "measure", measure)
     clean = json.loads(call(*arguments(home, tmp_path / "clean")).stdout)
     assert clean["sets"] == finished["sets"]
-    monkeypatch.setattr(tofu, "measure", watched)
+    monkeypatch.setattr(evaluation, "measure", watched)
     # Another length of replies, other weights, other tokens: all are measured.
     for change in (["--max-new-tokens", 7], ["--model", home / "retrained"], ["--template", "{question} {answer}"]):
         measured.clear()
@@ -505,7 +506,7 @@ def test_a_log_takes_no_update_and_no_model_beside_it(home: Path, tmp_path: Path
 def test_a_missing_library_is_named_before_any_work(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tofu, "find_spec", lambda name: None)
+    monkeypatch.setattr(scores, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"rouge_score is not installed; ToFU needs `pip install 'kfade\[eval\]'`"):
         tofu.rouge_l_recall([], [])
     with pytest.raises(MissingLibraryError, match="scipy is not installed"):
