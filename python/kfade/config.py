@@ -239,8 +239,14 @@ class UnlearnConfig:
 
 
 # What `UnlearnConfig.stepwise` sets, of itself and of its fit.
-STEPWISE: dict[str, Any] = {"objective": "distil", "steps": 40, "batches_per_step": 1, "retain_weight": 10.0}
-STEPWISE_FIT: dict[str, Any] = {"temperature": 3.0}
+STEPWISE: dict[str, Any] = {
+    "objective": "distil",
+    "steps": 80,
+    "batches_per_step": 1,
+    "retain_weight": 10.0,
+    "damping": 0.01,
+}
+STEPWISE_FIT: dict[str, Any] = {"curvature": "kfac", "temperature": 3.0}
 
 
 @dataclass(frozen=True)

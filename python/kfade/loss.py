@@ -195,7 +195,8 @@ class Ignorance:
     """Outputs of a model that does not know the labels: `softmax((z − margin · e_label) / temperature)`.
 
     Lowering the label's logit is the target of UNDIAL (Dong et al. 2024, arXiv 2402.10052). What is left of a
-    memorised position is as sure of itself as the model was of the label; the temperature takes that away.
+    memorised position is as sure of itself as the model was of the label; the temperature takes that away. A row whose
+    label is no likelier than there has got rid of it, and is pulled no more: not back either.
 
     Attributes:
         labels: int64 `[N]`.
@@ -212,6 +213,11 @@ class Ignorance:
         lowered = logits.clone()
         lowered[torch.arange(len(logits), device=logits.device), self.labels[part]] -= self.margin
         return lowered.div_(self.temperature)
+
+    def known(self, log_p: Tensor, log_q: Tensor, part: slice) -> Tensor:
+        """Whether a row's label is likelier than in the target, bool `[n, 1]`; log-probabilities are `[n, V]`."""
+        labels = self.labels[part].unsqueeze(1)
+        return log_p.gather(1, labels) > log_q.gather(1, labels)
 
 
 class Head:
@@ -363,7 +369,8 @@ class Head:
         Args:
             rows: of the model as it is, whose outputs are p.
             reference: rows of the original model at the same positions.
-            target: how q is made from the original outputs; None takes them as they are.
+            target: how q is made from the original outputs, and which rows have a gradient; None takes them as they
+                are, and all.
             gradient: whether the gradient is wanted; without, what is returned for it is empty.
         """
         weight, bias = self.weight, self.bias
@@ -385,7 +392,10 @@ class Head:
             divergence[part] = (q * (log_q - log_p)).sum(-1).double()
             if not gradient:
                 continue
+            known = None if target is None else target.known(log_p, log_q, part)
             difference = log_p.exp_().sub_(q)
+            if known is not None:
+                difference *= known
             grad[part] = difference if weight is None else (difference.to(weight.dtype) @ weight).to(grad.dtype)
         return divergence, grad
 

@@ -174,14 +174,14 @@ def test_config_file_repeats_the_run(home: Path, run: tuple[Path, dict[str, Any]
 def test_many_steps_by_one_flag(home: Path, tmp_path: Path, first: str) -> None:
     """It stands for its options: before those of a file, after those that are given beside it; and these are kept."""
     file, out = tmp_path / "some.yaml", tmp_path / "o"
-    file.write_text(yaml.safe_dump({"objective": "npo", "damping": 0.2, "steps": 7}))
+    file.write_text(yaml.safe_dump({"objective": "npo", "holdout": 0.4, "steps": 7}))
     flags = ["--config", file, "--stepwise"] if first == "file" else ["--stepwise", "--config", file]
     done(
         "unlearn", *sources(home), "--out", out, *flags, "--steps", 3, "--kl-budget", 0.05,
         "--max-new-tokens", 2, "--quiet",
     )  # fmt: skip
     kept = yaml.safe_load((out / "config.yaml").read_text())
-    wanted = {**STEPWISE, **STEPWISE_FIT, "steps": 3, "damping": 0.2, "kl_budget": 0.05}
+    wanted = {**STEPWISE, **STEPWISE_FIT, "steps": 3, "holdout": 0.4, "kl_budget": 0.05}
     assert {name: kept[name] for name in wanted} == wanted and "stepwise" not in kept
 
 

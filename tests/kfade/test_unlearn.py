@@ -148,11 +148,16 @@ def test_a_given_step_size_is_taken_and_is_the_formula() -> None:
 
 
 def test_a_step_of_many_is_the_formula() -> None:
-    """Δ = −η (F + λI)⁻¹ (∇KL(q ‖ p) + c ∇KL(p₀ ‖ p)) from a moved state, in float64, against plain autograd."""
+    """Δ = −η (F + λI)⁻¹ (∇KL(q ‖ p) + c ∇KL(p₀ ‖ p)) from a moved state, in float64, against plain autograd.
+
+    Of KL(q ‖ p) the rows alone whose label is likelier than under q.
+    """
     torch.manual_seed(0)
     model = llama().double()
     forget, retain = batches(1, count=1), batches(2, count=1, size=8)
-    config = kfade.UnlearnConfig.stepwise(steps=2, kl_budget=None, step_size=0.2, margin=3.0, target_temperature=1.5)
+    config = kfade.UnlearnConfig.stepwise(
+        steps=2, kl_budget=None, step_size=0.2, margin=3.0, target_temperature=1.5, damping=0.1
+    )
     fitted, _ = split_holdout(check_batches(retain, torch.device("cpu")), config.holdout)
     data = [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in fitted]
     curvature = kfade.fit(model, data, config.fit)
@@ -168,7 +173,9 @@ def test_a_step_of_many_is_the_formula() -> None:
         q, p0 = (lowered / 1.5).softmax(-1), logits(kept).softmax(-1)
     start = weights(model)
     for _ in range(2):
-        loss = nn.functional.kl_div(logits(batch).log_softmax(-1), q, reduction="sum") / len(q)
+        log_p = logits(batch).log_softmax(-1)
+        known = likelier(log_p, q, batch.targets)
+        loss = nn.functional.kl_div(log_p[known], q[known], reduction="sum") / len(q)
         loss = loss + 10.0 * nn.functional.kl_div(logits(kept).log_softmax(-1), p0, reduction="sum") / len(p0)
         for name, direction in dense_direction(model, curvature, loss, 0.1).items():
             model.get_submodule(name).weight.data.sub_(0.2 * direction)
@@ -328,9 +335,18 @@ def test_temperature_is_the_fisher_of_softened_outputs() -> None:
         torch.testing.assert_close(found[name].eigenvalues(), layer.eigenvalues(), rtol=1e-8, atol=1e-14)
 
 
+def likelier(log_p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
+    """Rows `[N]` whose label is likelier under p than under q."""
+    rows = torch.arange(len(labels))
+    return log_p[rows, labels].exp() > q[rows, labels]
+
+
 @pytest.mark.parametrize("projected", [True, False])
 def test_the_target_does_not_know_the_label(projected: bool) -> None:
-    """Value and gradient of KL(q ‖ p) on rows, float64, against autograd; hidden rows and rows that are logits."""
+    """Value and gradient of KL(q ‖ p) on rows, float64, against autograd; hidden rows and rows that are logits.
+
+    A row whose label is no likelier than under q has no gradient: it is not pulled back.
+    """
     torch.manual_seed(0)
     model = llama().double()
     (batch,) = check_batches(batches(1, count=1), torch.device("cpu"))
@@ -338,13 +354,19 @@ def test_the_target_does_not_know_the_label(projected: bool) -> None:
     assert (head.weight is not None) == projected
     rows = head.rows(batch).detach()
     reference = rows + 0.1 * torch.randn_like(rows)
+    # Every other label is far likelier than under p, even when lowered.
+    towards = model.lm_head.weight.detach() if projected else torch.eye(WORDS, dtype=torch.float64)
+    raised = towards[batch.targets[::2]]
+    reference[::2] += 20 * raised / (raised * raised).sum(1, keepdim=True)
     target = Ignorance(batch.targets, 4.0, 2.0)
     value, grad = head.kl(rows, reference, target=target)
     leaf = rows.clone().requires_grad_()
     project = (lambda x: x @ model.lm_head.weight.T) if projected else (lambda x: x)
     lowered = project(reference).detach() - 4.0 * nn.functional.one_hot(batch.targets, WORDS)
     plain = nn.functional.kl_div(project(leaf).log_softmax(-1), (lowered / 2).softmax(-1), reduction="none").sum(-1)
-    plain.sum().backward()
+    known = likelier(project(leaf).log_softmax(-1).detach(), (lowered / 2).softmax(-1), batch.targets)
+    assert known.any() and not known.all()
+    plain[known].sum().backward()
     torch.testing.assert_close(value, plain.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-10, atol=1e-12)
 

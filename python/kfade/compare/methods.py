@@ -104,7 +104,7 @@ def ablation(base: UnlearnConfig | None = None) -> dict[str, UnlearnConfig]:
     found |= {f"curvature: {name}": fit(curvature=name) for name in CURVATURES}
     found |= {f"layers: {name}": fit(modules=name) for name in ("mlp", "attention", "all-linear")}
     found |= {f"damping {base.damping * f:g}": replace(base, damping=base.damping * f) for f in (0.1, 10.0)}
-    found |= {f"{count} steps": replace(base, steps=count) for count in (max(2, base.steps // 4), 4 * base.steps)}
+    found |= {f"{count} steps": replace(base, steps=count) for count in (max(2, base.steps // 4), 2 * base.steps)}
     found |= {f"objective: {name}": replace(base, objective=name) for name in OBJECTIVES}
     found["fitted again at every quarter"] = replace(base, refit_every=max(1, base.steps // 4))
     found["no retain-KL term"] = replace(base, retain_weight=0.0)
