@@ -27,7 +27,8 @@ from records import append
 
 import kfade
 from kfade.models import demo_model, load_model
-from kfade.resume import FitStore, SideThread
+from kfade.resume import FitStore
+from kfade.side_thread import SideThread
 
 Batch = dict[str, torch.Tensor]
 MEASURES = ("wall", "cpu", "fitting")

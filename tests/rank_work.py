@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typer.testing import CliRunner
 
 import kfade
-from kfade import Curvature, FitConfig, UnlearnConfig, decomposition, ranks, resume, storage
+from kfade import Curvature, FitConfig, UnlearnConfig, decomposition, journal, ranks, resume, storage
 from kfade.cli import app
 from kfade.errors import RankError
 from kfade.loss import Head
@@ -169,7 +169,7 @@ def fit_saved(group: ProcessGroup, folder: Path, name: str, rank: int, fatal: in
         return call
 
     storage.save_file, storage.sync = watched(storage.save_file), watched(storage.sync)
-    resume.sync, Head.sampled = storage.sync, watched(Head.sampled)  # type: ignore[method-assign]
+    journal.sync, Head.sampled = storage.sync, watched(Head.sampled)  # type: ignore[method-assign]
     decomposition.decompose = watched(decomposition.decompose)
     decomposition.decompose_sketch = watched(decomposition.decompose_sketch)
     try:

@@ -37,9 +37,9 @@ from .models import device_of, model_id, state_dtype
 from .plan import plan_fit
 from .progress import Progress, return_freed_memory
 from .ranks import Ranks
-from .resume import BASES, BASIS, CORRECTION, FACTORS, FitStore
+from .resume import FitStore
 from .sharding import check_sharding, is_sharded, unwrapped
-from .storage import STAGES, shapes_of
+from .storage import BASES, BASIS, CORRECTION, FACTORS, STAGES, shapes_of
 
 
 def parts_of(batches: Sequence[Batch], share: float | None) -> tuple[list[Batch], list[Batch]]:

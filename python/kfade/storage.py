@@ -3,7 +3,7 @@
 A curvature is a directory: one safetensors file a layer and stage, and `manifest.json`, which names
 them with their SHA-256 and is written last: what it does not name is not there. Every file is written beside
 its place and renamed, so a full disk or a killed process leaves no half of one. A fit that saves as it goes
-(`kfade.resume`) writes the same directory, with a manifest that says the fit is unfinished until it is.
+(`kfade.journal`) writes the same directory, with a manifest that says the fit is unfinished until it is.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ STAGES = {
     "input_decomposition": ("q_in", "lambda_in"),
 }
 SHARED = ("input_factors", "input_decomposition")
+# The stages that a pass over the data fills together, and what a fit takes from an earlier one that gives it its basis.
+FACTORS, CORRECTION = ("factors", "input_factors"), ("correction",)
+BASES = ("decomposition", "input_decomposition")
+BASIS = (*FACTORS, *BASES)
 _FACTORS = ("a_sum", "s_sum")
 _KFAC = (*_FACTORS, "q_in", "lambda_in", "q_out", "lambda_out")
 _REQUIRED: dict[str, tuple[str, ...]] = {

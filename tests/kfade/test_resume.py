@@ -360,7 +360,7 @@ def test_other_layers_a_pass_may_be_taken_to_go_on(model: Any, work: Work, tmp_p
 def test_sums_are_saved_no_more_often_than_asked(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     save = kfade.resume.FitStore._save_sums
-    monkeypatch.setattr(kfade.resume.FitStore, "_save_sums", lambda self, done: (saved.append(done), save(self, done)))
+    monkeypatch.setattr(kfade.resume.FitStore, "_save_sums", lambda *a: (saved.append(a[-1]), save(*a)))
     options = replace(OPTIONS, layers_per_pass=None)
     kfade.fit(model, BATCHES, replace(options, checkpoint_seconds=3600), store=tmp_path / "never")
     assert not saved
@@ -407,7 +407,7 @@ import os, random, signal, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)  # a forked process has none of its parent's threads
-import kfade, kfade.resume, kfade.storage
+import kfade, kfade.journal, kfade.resume, kfade.storage
 from kfade import decomposition
 from kfade.loss import Head
 from test_resume import BATCHES, OPTIONS
@@ -450,7 +450,7 @@ def run(store, fatal):
         save(tensors, path, *rest)
 
     kfade.storage.save_file = save_file
-    kfade.storage.sync = kfade.resume.sync = watched(kfade.storage.sync)  # written, not yet in its place
+    kfade.storage.sync = kfade.journal.sync = watched(kfade.storage.sync)  # written, not yet in its place
     Head.sampled, decomposition.decompose = watched(Head.sampled), watched(decomposition.decompose)
     decomposition.decompose_sketch = watched(decomposition.decompose_sketch)
     kfade.fit(model, BATCHES, options, store=store)

@@ -60,10 +60,10 @@ def fit(
     from ..curvature import Curvature
     from ..data import make_batches
     from ..fit import fit as fit_curvature
+    from ..journal import check_store
     from ..models import check_model, load_model
     from ..plan import plan_run
     from ..plan.text import beside_table
-    from ..resume import check_store
     from ..storage import MANIFEST
 
     options = opt.fit_options(ctx.params)

@@ -125,8 +125,8 @@ def unlearn(
     from ..curvature import Curvature
     from ..data import check_loss_on, make_batches
     from ..evaluate import survey, survey_references
+    from ..journal import check_store
     from ..report import Comparison, spread, to_json, write_report
-    from ..resume import check_store
     from ..storage import read_manifest, remove_curvature
     from ..unlearn import unlearn as find_update
 
