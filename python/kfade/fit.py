@@ -34,7 +34,7 @@ from .layer_curvature import LayerCurvature, new_states
 from .layers import Layer, in_passes, select
 from .loss import Batch, Head, check_batches, idle_batch
 from .models import device_of, model_id, state_dtype
-from .plan import plan_fit
+from .plan import plan_fit, require_use_of_basis
 from .progress import Progress, return_freed_memory
 from .ranks import Ranks
 from .resume import FitStore
@@ -200,8 +200,8 @@ class _Fit:
             for field in (field for stage in BASIS for field in STAGES[stage]):
                 value = getattr(basis[name], field)
                 setattr(states[name], field, value if value is None else value.to(device_of(self.model)))
+        # What the caller holds anyway is not mapped a second time while Λ is summed.
         self.store.put({layer.name: states[layer.name] for layer in todo}, BASIS)
-        self.store.release(states, BASIS)
         leave_to_owners(self.ranks, owners, states)
 
 
@@ -209,10 +209,7 @@ def _check_basis(
     basis: Mapping[str, LayerCurvature], layers: Sequence[Layer], config: FitConfig, dtype: torch.dtype
 ) -> None:
     """Raise ValueError unless these states have eigenvectors for all layers, of the wanted rank and dtype."""
-    if config.curvature != "ekfac":
-        raise ValueError(f"a basis is given and config.curvature is {config.curvature!r}; it must be 'ekfac'")
-    if config.basis_share is not None:
-        raise ValueError(f"a basis is given and config.basis_share is {config.basis_share}; give one of them")
+    require_use_of_basis(config)
     here = {x.name: (x.d_out, x.d_in, x.has_bias, x.transposed, x.group) for x in layers}
     there = {n: (s.d_out, s.d_in, s.has_bias, s.transposed, s.group) for n, s in basis.items()}
     wrong = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
@@ -278,7 +275,7 @@ def fit_among(
         if ranks.group is not None:
             ranks.require_same(made_from(model, checked, config, basis))
         if config.device_memory is not None:
-            at_most = plan_fit(model, checked, config, stored=store is not None).layers_per_pass
+            at_most = plan_fit(model, checked, config, stored=store is not None, basis=basis).layers_per_pass
             at_most = min((n for n in ranks.gather(at_most) if n is not None), default=None)
         for context in (deterministic_mode(model), graph_from_embeddings(model)):
             stack.enter_context(context)

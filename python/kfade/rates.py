@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from kfade_kernels import PackedSymmetric
 from kfade_kernels.cost import attainable
 from kfade_kernels.devices import A100, B200, H100, H200, Device
+from torch import Tensor
 
 from .decomposition import decompose
 
@@ -131,6 +133,24 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def resident_part(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these that take memory now: all of a GPU's, of a CPU's those pages that are resident.
+
+    Of a tensor that is mapped from a file they are the pages that were read through it. 0 on a CPU without Linux.
+    """
+    unlike = list({x.data_ptr(): x for x in tensors}.values())
+    size = sum(x.nbytes for x in unlike if x.device.type != "cpu")
+    page = os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError), Path("/proc/self/pagemap").open("rb") as table:
+        for x in (x for x in unlike if x.device.type == "cpu"):
+            first, end = x.data_ptr() // page, -(-(x.data_ptr() + x.nbytes) // page)
+            table.seek(8 * first)
+            entries = torch.frombuffer(bytearray(table.read(8 * (end - first))), dtype=torch.int64)
+            # The highest bit of an entry says that its page is present.
+            size += page * int((entries < 0).sum())
+    return size
 
 
 def _disk_rate(folder: Path | None) -> float:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import batch, hand_made, tiny
 from pages import run_examples
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 from typer.testing import CliRunner
@@ -25,7 +26,7 @@ from kfade.layers import select
 from kfade.loss import check_batches
 from kfade.plan import Plan, Workload, plan, plan_fit, plan_model
 from kfade.progress import StageCost
-from kfade.rates import GIB, TABLE, UNTIMED, Rates, calibrate
+from kfade.rates import GIB, TABLE, UNTIMED, Rates, calibrate, resident_part
 from kfade.simulation import simulate
 
 WIDTH, INNER, WORDS = 256, 640, 1000
@@ -177,6 +178,39 @@ def test_stages_of_each_curvature(config_file: Path, curvature: str) -> None:
     assert {s.name for s in found.stages} == base | names[curvature]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_basis_that_is_given_by_hand(config_file: Path, device: str) -> None:
+    rates, config = replace(ROUND, kind=device), kfade.FitConfig(layers_per_pass=3)
+    found, fitted = (plan(config_file, 4096, 64, config, rates=rates, basis=given) for given in (True, False))
+    # One pass over the data for Λ where there were two; nothing is summed or decomposed.
+    assert [s.name for s in found.stages] == ["forward and backward", "basis", "correction", "saving", "solve"]
+    assert (found.passes, found.stage("forward and backward").runs) == (2, 2)
+    assert found.stage("forward and backward").flops == fitted.stage("forward and backward").flops / 2
+    assert found.stage("correction") == fitted.stage("correction") and found.stage("saving") == fitted.stage("saving")
+    sums = 4 * 2 * (3 * packed(INNER) + 2 * packed(WIDTH))
+    vectors = 4 * 2 * (3 * INNER**2 + 2 * WIDTH**2)
+    assert found.stage("basis").bytes == sums + vectors and found.stage("basis").seconds == (sums + vectors) / 1e6
+    (memory,) = found.memory
+    # A CPU has all of the basis in memory, once it is read; a GPU is given that of a pass, which is half of the layers.
+    assert memory.stage == "eigenvalues Λ" and memory.eigenvalues == 4 * 3 * WIDTH * INNER
+    share = 1.0 if device == "cpu" else 0.5
+    assert (memory.accumulators, memory.eigenvectors) == (share * sums, share * vectors)
+    assert found.basis and not fitted.basis and Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert any("earlier fit" in reason for reason in found.reasons)
+    assert not any("eigh" in text for text in found.assumptions)
+
+
+def test_a_basis_that_is_of_no_use_is_refused(config_file: Path) -> None:
+    for options, message in (
+        ({"curvature": "kfac"}, "curvature is 'kfac'"),
+        ({"basis_share": 0.5}, "basis_share is 0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"a basis is given and config.{message}"):
+            plan(config_file, 4096, 64, kfade.FitConfig(**options), rates=ROUND, basis=True)
+    with pytest.raises(TypeError, match="basis is 'some/where'; it must be a bool"):
+        plan(config_file, 4096, 64, rates=ROUND, basis="some/where")  # type: ignore[arg-type]
+
+
 def test_a_plan_goes_through_json(config_file: Path) -> None:
     found = planned(config_file, device_memory=1.0)
     text = json.dumps(found.to_json(), allow_nan=False)
@@ -306,6 +340,39 @@ def test_fit_takes_the_planned_passes_and_gives_the_same_bits(tmp_path: Path) ->
         assert torch.equal(state.output_eigenvectors(), found[name].output_eigenvectors())
 
 
+def test_a_fit_with_a_basis_takes_the_plan_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, module, seen = tiny("llama", torch.float32), sys.modules["kfade.fit"], list[Plan]()
+
+    def noted(*args: Any, **kwargs: Any) -> Plan:
+        seen.append(plan_fit(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(module, "plan_fit", noted)
+    basis = kfade.fit(model, [batch()])
+    for given in (None, basis):
+        kfade.fit(model, [batch()], kfade.FitConfig(device_memory=64.0), basis=given)
+    assert [[m.stage for m in found.memory] for found in seen] == [
+        ["factors A, S", "eigendecomposition", "eigenvalues Λ"],
+        ["eigenvalues Λ"],
+    ]
+    with pytest.raises(ValueError, match=r"device_memory is 0.001 GiB; .* in the stage eigenvalues Λ"):
+        kfade.fit(model, [batch()], kfade.FitConfig(device_memory=0.001), basis=basis)
+    with pytest.raises(ValueError, match=r"a basis is given and config\.curvature is"):
+        kfade.fit(model, [batch()], kfade.FitConfig(curvature="kfac", device_memory=64.0), basis=basis)
+
+
+def test_resident_memory_of_a_mapped_file_is_what_was_read(tmp_path: Path) -> None:
+    size = 1 << 20
+    save_file({"x": torch.ones(32 * size, dtype=torch.uint8)}, tmp_path / "x.safetensors")
+    mapped = load_file(tmp_path / "x.safetensors")["x"]
+    before = resident_part([mapped])
+    assert mapped[: 8 * size].sum() == 8 * size
+    # Linux maps what is around the page that was asked for, up to a huge page of 2 MiB on either side.
+    assert before <= 4 * size and 8 * size <= resident_part([mapped]) <= 12 * size
+    written = torch.ones(size, dtype=torch.uint8)
+    assert size <= resident_part([written, written]) <= size + 2 * 4096
+
+
 def test_a_fit_that_cannot_fit_says_so_before_it_starts(tmp_path: Path) -> None:
     progress = kfade.Progress()
     with pytest.raises(ValueError, match=r"device_memory is 0.001 GiB; it must be at least [\d.]+; finished layers"):
@@ -339,7 +406,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, GPT2Config, GPT2LMHeadMo
 options, folder = json.loads(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(options.pop("threads"))
 kind, padding, dtype = options.pop("kind"), options.pop("padding"), getattr(torch, options.pop("dtype"))
-stored = options.pop("stored")
+stored, given = options.pop("stored"), options.pop("basis")
 
 def build(width, inner, layers, words):
     torch.manual_seed(0)
@@ -363,9 +430,15 @@ config = kfade.FitConfig(device_memory=64.0, **options)
 kfade.fit(build(64, 128, 1, 256), data(2, 32, 256), config)
 # GPT-2 ties its embeddings.
 model, batches = build(512, 1536, 6 if kind == "gpt2" else 4, 8192), data(4, 128, 8192)
-planned = plan_fit(model, check_batches(batches, torch.device("cpu")), config, stored=stored)
+basis = None
+if given is not None:
+    basis = kfade.fit(model, batches, config, store=folder + " of the basis" if given == "files" else None)
+if given == "files":
+    del basis
+    basis = kfade.Curvature.load(folder + " of the basis")
+planned = plan_fit(model, check_batches(batches, torch.device("cpu")), config, stored=stored, basis=basis)
 progress = kfade.Progress()
-kfade.fit(model, batches, config, progress=progress, store=folder if stored else None)
+kfade.fit(model, batches, config, progress=progress, store=folder if stored else None, basis=basis)
 print(json.dumps({
     "parameters": planned.parameters, "passes": planned.passes,
     "stages": [(b.planned_bytes, b.bytes) for b in planned.beside(progress.costs)],
@@ -390,11 +463,17 @@ print(json.dumps({
         {"max_factor_order": 512, "padding": 9},
         {"rank": 64, "padding": 9},
         {"rank": 64, "layers_per_pass": 3, "stored": False},
+        {"basis": "files"},
+        {"basis": "files", "layers_per_pass": 3, "stored": False},
+        {"basis": "memory", "stored": False},
+        {"basis": "memory", "layers_per_pass": 3, "padding": 9},
+        {"basis": "files", "rank": 64},
     ],
     ids=str,
 )
 def test_memory_is_as_planned(tmp_path: Path, changes: dict[str, Any]) -> None:
-    options = {"kind": "llama", "padding": 0, "dtype": "float32", "stored": True, "threads": 1, **changes}
+    options = {"kind": "llama", "padding": 0, "dtype": "float32", "stored": True, "threads": 1, "basis": None}
+    options |= changes
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(options), str(tmp_path / "store")],
         capture_output=True, text=True, check=False,
@@ -431,6 +510,9 @@ def test_the_command_needs_a_configuration_file_and_no_network(
     found = Plan.from_json(values)
     assert (found.device, found.rank, found.dtype, found.limit_bytes) == ("H100", 8, "bfloat16", 8 * GIB)
     assert values["seconds"] == pytest.approx(found.seconds)
+    again = call("--model", config_file, "--tokens", 4096, "--seq-len", 64, "--device", "h100", "--basis", "--json")
+    assert again.exit_code == 0, again.output
+    assert [m["stage"] for m in json.loads(again.stdout)["memory"]] == ["eigenvalues Λ"]
     shown = call("--model", config_file.parent, "--tokens", 4096, "--seq-len", 64, "--device", "L40S")
     assert shown.exit_code == 0 and "eigendecomposition" in shown.stdout and "Why" in shown.stdout
 
@@ -448,6 +530,7 @@ def test_the_command_needs_a_configuration_file_and_no_network(
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--rank", 0], "rank is 0"),
         (["--rank", 8, "--curvature", "diagonal"], "rank is 8; diagonal has no factors"),
+        (["--basis", "--curvature", "kfac"], "a basis is given and config.curvature is 'kfac'"),
         (["--modules", "nothing"], "matches no linear layer"),
         (["--model", "/nowhere/config.json"], "/nowhere/config.json"),
     ],

@@ -84,7 +84,7 @@ def fit(
     planned = None
     if group is None:
         with progress.stage("plan"):
-            planned = plan_run(loaded, batches, options, model, out)
+            planned = plan_run(loaded, batches, options, model, out, given)
         for reason in planned.reasons:
             progress.say(reason)
     fitted = fit_curvature(loaded, batches, options, progress=progress, store=out, group=group, basis=given)
@@ -131,6 +131,14 @@ def plan(
     max_factor_order: opt.MaxFactorOrder = opt.FIT.max_factor_order,
     decomposition: opt.Decomposition = opt.FIT.decomposition,
     basis_share: opt.BasisShare = opt.FIT.basis_share,
+    basis: Annotated[
+        bool,
+        typer.Option(
+            "--basis",
+            help="The fit will take A, S and the eigenvectors of a fitted curvature, and fit the eigenvalues alone.",
+            rich_help_panel=opt.CURVATURE,
+        ),
+    ] = False,
     dtype: opt.Dtype = "float32",
     device: Annotated[
         str,
@@ -157,6 +165,8 @@ def plan(
         decomposition=decomposition, basis_share=basis_share,
     )  # fmt: skip
     start_progress(quiet)
-    found = plan_of(model, tokens, seq_len, options, batch_size=batch_size, device=device, devices=devices, dtype=dtype)
+    found = plan_of(
+        model, tokens, seq_len, options, batch_size=batch_size, device=device, devices=devices, dtype=dtype, basis=basis
+    )
     shown = [table_of(title, head, rows, "left") for title, head, rows in tables(found)]
     print_result(as_json, {"command": "plan", **found.to_json()}, *shown)

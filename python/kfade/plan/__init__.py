@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from ..config import FitConfig
+from ..layer_curvature import LayerCurvature
 from ..layers import Layer, in_passes, select
 from ..loss import Batch, check_batch
 from ..models import DTYPES, configuration_of, outline_model
-from ..rates import GIB, TABLE, UNTIMED, Rates, calibrate, rates_of, resident_bytes
+from ..progress import return_freed_memory
+from ..rates import GIB, TABLE, UNTIMED, Rates, calibrate, rates_of, resident_bytes, resident_part
 from ..simulation import Footprint, simulate
 from .result import MemoryPlan, Plan
-from .stages import Model, Workload, highest
+from .stages import Basis, Model, Workload, highest
 from .text import assumptions, places, reasons
 
 __all__ = ["Plan", "Workload", "plan", "plan_fit", "plan_model", "plan_run"]
@@ -60,7 +62,7 @@ def _plan(name: str, model: Model, parameters: int, limit: float | None) -> Plan
     peak, load = highest(model, memory), model.load
     return Plan(
         name, model.config.curvature, model.config.rank, model.config.max_factor_order, model.config.basis_share,
-        str(model.dtype).removeprefix("torch."), model.rates.name, model.devices,
+        model.basis is not None, str(model.dtype).removeprefix("torch."), model.rates.name, model.devices,
         load.tokens, load.sequences, load.size, load.length, parameters, tuple(x.name for x in model.layers),
         at_most, len(passes), model.stored, tuple(model.stages(passes)), tuple(memory),
         tuple(places(model, passes)), peak, limit, limit is None or peak <= limit,
@@ -92,6 +94,7 @@ def plan_model(
     limit: float | None = None,
     stored: bool = True,
     simulated: tuple[list[Layer], Footprint] | None = None,
+    basis: Basis | None = None,
 ) -> Plan:
     """The plan of the fit of a model that is here, with weights or on `meta`.
 
@@ -105,11 +108,14 @@ def plan_model(
         limit: memory of a device in bytes, or None for no limit.
         stored: whether the fit is given a directory to save in as it goes.
         simulated: what `simulate` gave for this model and data, where several plans share it.
+        basis: where the basis of an earlier fit is; None where A, S and eigenvectors are fitted.
 
     Raises:
-        ValueError: the selection matches nothing.
+        ValueError: the selection matches nothing, or the configuration has no use for a basis.
         UnsupportedLayerError: a layer cannot be handled, or what the model does depends on its data.
     """
+    if basis is not None:
+        require_use_of_basis(config)
     layers, foot = simulated or simulate(
         model, select(model, config.modules), load.size, load.length, config.autocast, config.samples
     )
@@ -128,6 +134,7 @@ def plan_model(
         devices,
         blocks,
         stored,
+        basis,
     )
     return _plan(name, sizes, parameters, limit)
 
@@ -143,6 +150,7 @@ def plan(
     devices: int = 1,
     dtype: str = "float32",
     rates: Rates | None = None,
+    basis: bool = False,
 ) -> Plan:
     """What a fit will take, from the model's configuration alone.
 
@@ -156,9 +164,10 @@ def plan(
         devices: how many share the work. More than one is an estimate that no measurement was held to.
         dtype: of the weights.
         rates: of the device, instead of those known by its name.
+        basis: whether the fit is given the basis of an earlier one, which is read from files.
 
     Raises:
-        TypeError: a number is no integer.
+        TypeError: a number is no integer, or `basis` is no bool.
         ValueError: an argument is out of range, the model is not found, or its modules match nothing.
         UnsupportedLayerError: a layer cannot be handled, or what the model does depends on its data.
     """
@@ -170,6 +179,8 @@ def plan(
             raise TypeError(f"{name} is {value!r}; it must be an integer")
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not isinstance(basis, bool):
+        raise TypeError(f"basis is {basis!r}; it must be a bool")
     if tokens < seq_len:
         raise ValueError(f"tokens is {tokens}; it must be at least seq_len, {seq_len}")
     if dtype not in DTYPES:
@@ -186,7 +197,9 @@ def plan(
     if config.device_memory is not None:
         limit = config.device_memory * GIB
     outline = outline_model(settings, dtype)
-    return plan_model(outline, str(model), load, config, known, devices=devices, limit=limit)
+    # A CPU maps it from its files.
+    given = Basis(copied=known.kind != "cpu") if basis else None
+    return plan_model(outline, str(model), load, config, known, devices=devices, limit=limit, basis=given)
 
 
 def plan_fit(
@@ -197,6 +210,7 @@ def plan_fit(
     stored: bool,
     name: str = "",
     rates: Rates = UNTIMED,
+    basis: Mapping[str, LayerCurvature] | None = None,
 ) -> Plan:
     """The plan of a fit of a loaded model on checked batches; what the device holds now counts as taken.
 
@@ -205,18 +219,24 @@ def plan_fit(
         stored: whether it is given a directory to save in as it goes.
         name: of the model.
         rates: of the device; memory alone needs none.
+        basis: that the fit is given.
 
     Raises:
         ValueError: `config.device_memory` is less than the fit needs, however it is split.
     """
     limit = None if config.device_memory is None else config.device_memory * GIB
     device = next(model.parameters()).device
-    taken = torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_bytes()
+    if limit is not None:
+        # The fit does so too: what others have freed is not taken.
+        return_freed_memory()
+    taken: float = torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_bytes()
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    now = replace(rates, kind=device.type, process=max(0.0, taken - _weights(model)[1]), threads=threads)
+    given = None if basis is None else _basis_now(basis, device, stored)
+    taken -= _weights(model)[1] + (0 if given is None else given.resident)
+    now = replace(rates, kind=device.type, process=max(0.0, taken), threads=threads)
     # On a GPU finished layers stay there: a curvature that is mapped from files is on the CPU.
     stored = stored and device.type == "cpu"
-    found = plan_model(model, name, Workload.of(batches), config, now, limit=limit, stored=stored)
+    found = plan_model(model, name, Workload.of(batches), config, now, limit=limit, stored=stored, basis=given)
     if not found.fits:
         advice = (
             ""
@@ -230,8 +250,30 @@ def plan_fit(
     return found
 
 
+def require_use_of_basis(config: FitConfig) -> None:
+    """Raise ValueError unless a fit with this configuration can take A, S and eigenvectors from an earlier one."""
+    if config.curvature != "ekfac":
+        raise ValueError(f"a basis is given and config.curvature is {config.curvature!r}; it must be 'ekfac'")
+    if config.basis_share is not None:
+        raise ValueError(f"a basis is given and config.basis_share is {config.basis_share}; give one of them")
+
+
+def _basis_now(basis: Mapping[str, LayerCurvature], device: torch.device, stored: bool) -> Basis:
+    """Where a basis is, and how much of what a fit reads of it takes memory of the device now."""
+    fields = ("q_in", "q_out", "a_sum", "s_sum") if stored else ("q_in", "q_out")
+    values = [getattr(state, field) for state in basis.values() for field in fields]
+    tensors = [x if isinstance(x, torch.Tensor) else x.data for x in values if x is not None]
+    copied = any(x.device.type != device.type for x in tensors)
+    return Basis(copied, 0 if copied else resident_part(tensors))
+
+
 def plan_run(
-    model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], config: FitConfig, name: str, store: Path
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    config: FitConfig,
+    name: str,
+    store: Path,
+    basis: Mapping[str, LayerCurvature] | None = None,
 ) -> Plan:
     """The plan of a run of `kfade fit`, with the rates of its device: a GPU's by its name, a CPU's measured.
 
@@ -245,4 +287,4 @@ def plan_run(
         rates = next((rates for key, rates in TABLE.items() if key in known), TABLE["A100"])
     else:
         rates = calibrate(store)
-    return plan_fit(model, checked, config, stored=True, name=name, rates=rates)
+    return plan_fit(model, checked, config, stored=True, name=name, rates=rates, basis=basis)

@@ -92,6 +92,7 @@ class Plan:
         rank: of low-rank factors; None for full ones.
         max_factor_order: a factor of a higher order is in blocks; None for whole ones.
         basis_share: of a fit in one pass, the share of the data that gives A and S; None where all gives everything.
+        basis: whether A, S and the eigenvectors are those of an earlier fit.
         dtype: of the weights.
         device, devices: kind, and how many share the work. More than one is an estimate only.
         tokens, sequences, batch_size, seq_len: the data.
@@ -113,6 +114,7 @@ class Plan:
     rank: int | None
     max_factor_order: int | None
     basis_share: float | None
+    basis: bool
     dtype: str
     device: str
     devices: int

@@ -37,6 +37,20 @@ MACHINE = 8  # devices of one machine
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Where the basis that a fit is given is while it runs.
+
+    Attributes:
+        copied: whether it is not on the device, and each pass copies its own there; else all of it stays on the device,
+            in memory or mapped from files.
+        resident: bytes of what the fit reads of it that take memory of the device before.
+    """
+
+    copied: bool
+    resident: float = 0.0
+
+
+@dataclass(frozen=True)
 class Workload:
     """The data of a fit.
 
@@ -160,6 +174,7 @@ class Model:
     def __init__(
         self, layers: Sequence[Layer], foot: Footprint, config: FitConfig, load: Workload, rates: Rates,
         dtype: torch.dtype, weights: int, vocabulary: int, devices: int, blocks: int, stored: bool,
+        basis: Basis | None = None,
     ) -> None:  # fmt: skip
         self.layers, self.foot, self.config, self.load, self.rates = layers, foot, config, load, rates
         self.dtype, self.devices, self.vocabulary = dtype, devices, vocabulary
@@ -175,7 +190,10 @@ class Model:
         self.has_factors = config.curvature in ("kfac", "ekfac")
         self.decomposes = self.has_factors and config.decomposition == "eigh"
         self.has_correction = config.curvature in ("diagonal", "ekfac")
+        self.basis = basis
+        self.fits_factors = self.has_factors and basis is None
         self.on_cpu = rates.kind == "cpu"
+        self.saved = stored
         # A CPU copies thin bases from files: how products with them round depends on where in memory they lie.
         self.stored = stored and (config.rank is None or not self.on_cpu)
         self.sharded = devices > 1 and weights > rates.memory / 4
@@ -213,6 +231,10 @@ class Model:
         """What a finished layer keeps."""
         kept = sum(self.output[x.name].kept + self._leading(x, "kept") for x in part) if self.has_factors else 0
         return kept + self.eigenvectors(part) + self.eigenvalues(part)
+
+    def basis_bytes(self, part: Sequence[Layer]) -> float:
+        """A, S and eigenvectors of a finished layer."""
+        return self.state_bytes(part) - self.eigenvalues(part)
 
     def _loss_bytes(self) -> float:
         """Blocks of logits: as they come, as probabilities, and in 16 bit for the product back; and the gradient."""
@@ -291,21 +313,31 @@ class Model:
     def memory(self, passes: Sequence[Sequence[Layer]]) -> list[MemoryPlan]:
         """The peak of each stage, in the pass where it is highest."""
         found: dict[str, MemoryPlan] = {}
-        finished = 0.0
+        finished, done = 0.0, list[Layer]()
         for part in passes:
-            for plan in self._pass_memory(part, finished):
+            done += part
+            for plan in self._pass_memory(part, finished, done):
                 if plan.stage not in found or plan.total > found[plan.stage].total:
                     found[plan.stage] = plan
-            finished += 0.0 if self.stored else self.state_bytes(part)
+            finished += self._finished(part)
         return list(found.values())
 
-    def _pass_memory(self, part: Sequence[Layer], finished: float) -> list[MemoryPlan]:
+    def _finished(self, part: Sequence[Layer]) -> float:
+        """What layers that are done keep in memory."""
+        if self.stored:
+            return 0.0
+        if self.basis is not None and not (self.basis.copied or self.saved):
+            return self.eigenvalues(part)
+        return self.state_bytes(part)
+
+    def _pass_memory(self, part: Sequence[Layer], finished: float, done: Sequence[Layer]) -> list[MemoryPlan]:
+        """Of one pass, after which the layers `done` are finished."""
         base = (self.rates.process, self.weights, finished)
         after, peak, alive = self._activations(part)
         outputs = {g: sum(x.d_out for x in part if x.group == g) for g in {x.group for x in part}}
         plans = []
         sums, vectors = self.accumulators(part), self.eigenvectors(part)
-        if self.has_factors:
+        if self.fits_factors:
             inside = {x.name: self._factor_bytes(x) for x in part}
             live, work = self._data_peak(after, peak, alive, inside)
             plans.append(MemoryPlan("factors A, S", *base, sums, 0.0, 0.0, live, work))
@@ -314,10 +346,22 @@ class Model:
         if self.has_correction:
             inside = {x.name: self._correction_bytes(x, outputs[x.group]) for x in part}
             live, work = self._data_peak(after, peak, alive, inside)
-            pairs = vectors if self.compute == torch.bfloat16 and self.itemsize == 4 else 0.0
+            pairs = self.eigenvectors(part) if self.compute == torch.bfloat16 and self.itemsize == 4 else 0.0
             kept = 0.0 if self.stored else sums
+            if self.basis is not None:
+                kept, vectors = self._basis_memory(part, done)
             plans.append(MemoryPlan("eigenvalues Λ", *base, kept, vectors + pairs, self.eigenvalues(part), live, work))
         return plans
+
+    def _basis_memory(self, part: Sequence[Layer], done: Sequence[Layer]) -> tuple[float, float]:
+        """Bytes of A and S, and of eigenvectors, that a basis takes in the pass of `part`."""
+        assert self.basis is not None
+        if not self.basis.copied and not self.saved:
+            # Eigenvectors are read as they are used, A and S not at all.
+            return 0.0, max(self.basis.resident, self.eigenvectors(done))
+        # A fit that saves itself reads all of it first, to know which basis it was given.
+        there = part if self.basis.copied else self.layers
+        return self.basis_bytes(there) - self.eigenvectors(there), self.eigenvectors(there)
 
     def _data_peak(
         self, after: float, peak: float, alive: Mapping[str, float], inside: Mapping[str, float]
@@ -356,21 +400,25 @@ class Model:
 
     def stages(self, passes: Sequence[Sequence[Layer]]) -> list[StagePlan]:
         """Work of all passes, on one device."""
-        share = self.factor_share * self.has_factors + self.correction_share * self.has_correction
+        share = self.factor_share * self.fits_factors + self.correction_share * self.has_correction
         runs = round(len(passes) * share)
         found = []
         if runs:
             found.append(self._model_stage(runs))
-        if self.has_factors:
+        if self.basis is not None:
+            size = self.basis_bytes(self.layers)
+            found.append(StagePlan("basis", 1, 0.0, size, size / self.rates.disk))
+        if self.fits_factors:
             found.append(self._factor_stage(len(passes)))
-        if self.decomposes:
+        if self.fits_factors and self.decomposes:
             found.append(self._decomposition_stage(len(passes)))
         if self.has_correction:
             found.append(self._correction_stage(len(passes)))
         if self.devices > 1 and runs:
-            sent = self.accumulators(self.layers) + (
-                self.eigenvectors(self.layers) + self.eigenvalues(self.layers) if self.has_correction else 0.0
-            )
+            sent = self.eigenvalues(self.layers)
+            if self.fits_factors:
+                sent += self.accumulators(self.layers)
+                sent += self.eigenvectors(self.layers) if self.has_correction else 0.0
             found.append(StagePlan("reduction", len(passes), 0.0, 2 * sent, self._sending(sent), sent_bytes=sent))
         size = self.state_bytes(self.layers)
         machines = -(-self.devices // MACHINE)

@@ -38,10 +38,18 @@ def reasons(model: Model, at_most: int | None, memory: list[MemoryPlan], limit: 
             " layers are the fewest that fit; each costs one more forward and backward of all"
             " data in each stage that sees them."
         )
+    if model.basis is not None:
+        found.append("A, S and eigenvectors are those of an earlier fit: the data are gone through for Λ alone.")
+    if model.basis is not None and not model.basis.copied:
+        found.append(
+            f"All of the basis, {gib(model.basis_bytes(model.layers))}, stays where it is while the fit runs, in memory"
+            " or mapped from its files; what is read of it takes memory to the end, whatever the passes."
+        )
     if model.stored and memory:
+        moments = "factors once their pass is decomposed, eigenvectors and Λ at its end"
         found.append(
             f"What is finished goes to disk, {gib(model.state_bytes(model.layers))} in all, and is mapped from there:"
-            " factors once their pass is decomposed, eigenvectors and Λ at its end."
+            f" {moments if model.fits_factors else 'at the end of its pass'}."
         )
     elif len(passes) > 1:
         found.append("Finished layers stay in memory, because the fit has no directory to save them in as it goes.")
@@ -69,10 +77,13 @@ def places(model: Model, passes: Sequence[Sequence[Layer]]) -> list[Place]:
     widest = max(passes, key=model.state_bytes) if passes else []
     stays = "the end of their pass, then disk" if model.stored else "the end"
     found = [Place("weights", where, model.weights, "the end")]
-    if model.has_factors:
+    if model.basis is not None:
+        size = model.basis_bytes(widest if model.basis.copied else model.layers)
+        found.append(Place("A, S and eigenvectors of the basis", where, size, "the end"))
+    if model.fits_factors:
         until = "they are decomposed, then disk" if model.stored else "the end"
         found.append(Place("accumulators of a pass, packed", where, model.accumulators(widest), until))
-    if model.decomposes:
+    if model.fits_factors and model.decomposes:
         found.append(Place("eigenvectors of a pass", where, model.eigenvectors(widest), stays))
     if model.has_correction:
         found.append(Place("Λ of a pass", where, model.eigenvalues(widest), stays))
@@ -90,8 +101,11 @@ def assumptions(model: Model) -> list[str]:
         " operations the bandwidth"
     )
     found.append("no sequence is padded" if not model.load.padded else "batches are padded, and computed as they are")
-    found.append(f"eigh needs {EIGH_MATRICES} dense matrices at once, and float32 suffices")
-    if rates.threads > 1:
+    if model.fits_factors:
+        found.append(f"eigh needs {EIGH_MATRICES} dense matrices at once, and float32 suffices")
+    if model.basis is not None:
+        found.append("the basis is read from its files once, at the rate at which the disk is written")
+    if model.fits_factors and rates.threads > 1:
         found.append(f"{rates.threads} factors are decomposed at once, one thread each")
     if not model.on_cpu and model.stored:
         found.append("simulated: finished layers leave the GPU for disk; for now a fit does that on a CPU only")
