@@ -110,14 +110,11 @@ def main() -> None:
         batches = retain[:: case.every]
         config = replace(base, basis_share=case.share)
         checked = check_batches(batches, torch.device("cpu"))
-        stages = {s.name: s.flops for s in plan_fit(model, checked, config, stored=False).stages if s.name != "solve"}
-        if case.basis is not None:  # one of the two passes over all data, and no factors of its own
-            stages["forward and backward"] /= 2
-            stages["factors"] = stages["decomposition"] = 0.0
-        flops = sum(stages.values())
+        basis = None if case.basis is None else fits[case.basis]
+        stages = plan_fit(model, checked, config, stored=False, basis=basis).stages
+        flops = sum(stage.flops for stage in stages if stage.name != "solve")
         progress = kfade.Progress()
         begin = time.process_time()
-        basis = None if case.basis is None else fits[case.basis]
         curvature = kfade.fit(model, batches, config, progress=progress, basis=basis)
         seconds = time.process_time() - begin
         fits[case.name] = curvature
