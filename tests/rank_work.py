@@ -181,6 +181,77 @@ def fit_saved(group: ProcessGroup, folder: Path, name: str, rank: int, fatal: in
     return events
 
 
+def fit_interrupted(
+    group: ProcessGroup, folder: Path, name: str, count: int, rank: int, when: str, number: int, who: str
+) -> dict[str, Any]:
+    """A fit on `count` batches that gets SIGINT at a moment of `rank`, beside which all others are slow or fast.
+
+    Args:
+        group: of the ranks.
+        folder: in which the fit saves itself.
+        name: of its options.
+        count: of batches.
+        rank: whose moment it is.
+        when: `sampled` or `decompose`, of which the `number`-th call is meant; or `meeting`, when it waits for others.
+        number: see above.
+        who: `all` ranks get the signal, as from a launcher, this `one` alone, or this one `twice`.
+
+    Returns:
+        The error, the stages of the last pass and how many batches of it were added, the stages that were put, and how
+        many factors were decomposed.
+    """
+    ranks.BEAT_SECONDS, ranks.SILENT_SECONDS, resume.CHECKPOINT_SHARE = 0.05, 4.0, 1e9
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(processes, os.getpid(), group=group)
+    told: dict[str, Any] = {"stages": [], "batches": 0, "put": [], "factors": 0, "error": None}
+    calls = {"sampled": 0, "decompose": 0, "meeting": 0}
+
+    def reach(what: str) -> None:
+        calls[what] += 1
+        if group.rank() == rank and (what, calls[what]) == (when, number):
+            for process in processes if who == "all" else [os.getpid()] * (1 + (who == "twice")):
+                os.kill(process, signal.SIGINT)
+        elif group.rank() != rank and when == "meeting" and what == "sampled":
+            time.sleep(0.5)
+
+    watch, put, meet = resume.FitStore.watch, resume.FitStore.put, resume.FitStore._meet
+    sampled, decompose = Head.sampled, decomposition.decompose
+
+    def counted(self: Any, rest: Any) -> Any:
+        told["stages"], told["batches"] = list(self._stages), self._begun
+        for batch in watch(self, rest):
+            yield batch
+            told["batches"] += 1
+
+    def noted(self: Any, states: Any, stages: Any) -> None:
+        told["put"].append(list(stages))
+        put(self, states, stages)
+
+    def reached(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            reach(what)
+            found = function(*arguments, **named)
+            told["factors"] += what == "decompose"
+            return found
+
+        return call
+
+    resume.FitStore.watch, resume.FitStore.put = counted, noted  # type: ignore[method-assign]
+    resume.FitStore._meet = reached("meeting", meet)  # type: ignore[method-assign]
+    Head.sampled, decomposition.decompose = reached("sampled", sampled), reached("decompose", decompose)  # type: ignore[method-assign]
+    options = replace(CASES[name], checkpoint_seconds=600)
+    try:
+        kfade.fit(models.tiny("llama"), batches()[:count], options, store=folder, group=group)
+    except KeyboardInterrupt as error:
+        told["error"] = error
+    return told
+
+
+def go_on(group: ProcessGroup, folder: Path, name: str, count: int) -> None:
+    kfade.fit(models.tiny("llama"), batches()[:count], CASES[name], store=folder, group=group)
+
+
 def fail(group: ProcessGroup, when: str, how: str) -> Any:
     """A fit in which rank 1 ends; the others say what they raise and after how many seconds."""
     ranks.BEAT_SECONDS, ranks.SILENT_SECONDS = 0.2, 4.0
@@ -300,6 +371,21 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
     """Run the command line; exit code, standard output and standard error."""
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.stdout, result.stderr
+
+
+def interrupted_command(arguments: list[str], rank: int) -> tuple[int, str, str]:
+    """The same, of which one rank gets SIGINT in its first batch."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sampled = Head.sampled
+
+    def interrupting(*given: Any, **named: Any) -> Any:
+        Head.sampled = sampled  # type: ignore[method-assign]
+        if int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sampled(*given, **named)
+
+    Head.sampled = interrupting  # type: ignore[method-assign]
+    return command(arguments)
 
 
 def large_config() -> LlamaConfig:

@@ -29,3 +29,7 @@ class StorageError(KfadeError, ValueError):
 
 class UnsupportedLayerError(KfadeError, ValueError):
     """A selected layer cannot be handled exactly; the message names it and says why."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, by Ctrl-C here or at another rank, and has ended in good order; says how to go on."""

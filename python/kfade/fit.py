@@ -327,7 +327,7 @@ def fit(
         progress: where to show progress and record costs.
         store: a directory to save the curvature in as it is fitted. Where the fit is cut off, by whatever, the same
             call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the batch or factor in
-            hand. On a CPU the states that are returned are mapped from its files, but for thin bases. With a group it
+            hand, of every rank. On a CPU the states that are returned are mapped from its files, but for thin bases. With a group it
             is one directory for all ranks, and as many must go on for the same bits. None saves nothing; of a sharded
             model it must be None.
         group: the ranks that share the fit; each calls this with the same arguments, all batches among them. None:
@@ -345,6 +345,7 @@ def fit(
         ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes; or
             there is a `store` and the model is sharded; or ranks were given different batches, options or weights.
         RankError: another rank of the group failed or has ended.
+        Interrupted: a KeyboardInterrupt that says how to go on: Ctrl-C with a `store`, or another rank was interrupted.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.
         ValueError: no batch, no loss position, or a selection that matches nothing; `basis` is of other layers, of
             another rank, or has no eigenvectors; or `config.basis_share` leaves no loss position for a part.

@@ -356,6 +356,9 @@ class Journal:
         path = self.directory / f"checkpoint.{entry['stages'][0]}.{entry['batches']:06d}{whose}.safetensors"
 
         def save() -> None:
+            if self.checkpoint is not None and self.checkpoint["file"] == path.name:
+                # Of an earlier pass: no file changes while a manifest names it.
+                self._replace_checkpoint(None)
             write_tensors(path, tensors)
             self._replace_checkpoint({"file": path.name, "rank": self.rank, **entry, "sha256": sha256(path)})
 

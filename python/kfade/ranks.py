@@ -2,7 +2,8 @@
 
 What is small (counts, measured sums, names of files) goes through the group's store as JSON. There ranks meet before
 tensors are exchanged, so that a rank which fails, or is gone, ends the others with its name and leaves none of them in
-a collective.
+a collective. A rank that is told to stop tells the others there too: each stops where it can go on later, a meeting
+that one of them does not come to any more is over, and none ends before all have left.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import RankError
+from .errors import Interrupted, RankError
 from .loss import Batch
 
 # Every rank gives a sign of life so often; one that gave none for so long is taken for dead.
@@ -55,6 +57,8 @@ class _Watch:
         store: of the group.
         prefix: of all names there.
         meetings: how often ranks have met.
+        stopping: whether a rank was told to stop; set here, the others hear of it.
+        left: what the first rank that was interrupted has said; None while all are there.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -65,6 +69,8 @@ class _Watch:
         self._rank = rank
         self._next = (rank + 1) % size
         self._failure: str | None = None
+        self.stopping = False
+        self.left: str | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kfade-ranks", daemon=True)
         self._thread.start()
@@ -72,6 +78,7 @@ class _Watch:
     def _run(self) -> None:
         last, heard, number = b"", time.monotonic(), 0
         failed, theirs = f"{self.prefix}/failed", f"{self.prefix}/beat/{self._next}"
+        stopping, left = f"{self.prefix}/stopping", f"{self.prefix}/interrupted"
         try:
             while not self._end.is_set() and self._failure is None:
                 self.store.set(f"{self.prefix}/beat/{self._rank}", str(number))
@@ -80,10 +87,16 @@ class _Watch:
                 if beat != last:
                     last, heard = beat, time.monotonic()
                 limit = SILENT_SECONDS if last else ENTER_SECONDS
-                if time.monotonic() - heard > limit:
+                if time.monotonic() - heard > limit and not self.store.check([self._gone(self._next)]):
                     self.report(f"rank {self._next} gave no sign of life for {limit:g} s: it has ended")
                 if self.store.check([failed]):
                     self._failure = self.store.get(failed).decode()
+                if self.stopping:
+                    self.store.set(stopping, "")
+                if self.left is None and self.store.check([left]):
+                    self.left = self.store.get(left).decode()
+                if self.left is not None or self.store.check([stopping]):
+                    self.stopping = True
                 self._end.wait(BEAT_SECONDS)
         except Exception as error:
             # Under torchrun the launcher keeps the store, else usually rank 0.
@@ -97,12 +110,32 @@ class _Watch:
         if self._failure is not None:
             raise RankError(self._failure)
 
+    def raise_if_interrupted(self) -> None:
+        if self.left is not None:
+            raise Interrupted(self.left)
+
     def wait(self) -> None:
-        """Raise the failure of a rank that has gone, when it is noticed."""
+        """Raise the failure, or the interruption, of a rank that has gone, when it is noticed."""
         until = time.monotonic() + SILENT_SECONDS + 3 * BEAT_SECONDS
         while time.monotonic() < until:
             self.raise_if_failed()
+            self.raise_if_interrupted()
             time.sleep(BEAT_SECONDS / 10)
+
+    def _gone(self, rank: int) -> str:
+        return f"{self.prefix}/gone/{rank}"
+
+    def leave(self, message: str) -> None:
+        """Tell all ranks that this one was interrupted, and comes to no meeting any more."""
+        self.store.compare_set(f"{self.prefix}/interrupted", "", message)
+        self.store.set(self._gone(self._rank), "")
+
+    def wait_until_all_have_left(self, size: int) -> None:
+        """Return when all ranks were interrupted, or one failed: a launcher kills the others when the first ends."""
+        # Who is interrupted once more, or without a store, waits for nobody.
+        with suppress(KeyboardInterrupt, RuntimeError):
+            while self._failure is None and not self.store.check([self._gone(rank) for rank in range(size)]):
+                time.sleep(_LOOKS[1])
 
     def close(self) -> None:
         self._end.set()
@@ -110,6 +143,8 @@ class _Watch:
 
     def take_leave(self, size: int) -> None:
         """Leave the store, after the last meeting: rank 0, which often keeps it, when all others have."""
+        if self._failure is not None:
+            return
         if self._rank:
             self.store.add(f"{self.prefix}/left", 1)
             return
@@ -142,6 +177,7 @@ class Ranks:
     Raises:
         TypeError: `group` is no process group.
         RankError: while inside, another rank failed or has ended; the message names it.
+        Interrupted: while inside, another rank was interrupted; with its message.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -152,6 +188,7 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
+        self._stopping = False
 
     def __enter__(self) -> Ranks:
         if self.group is not None:
@@ -166,18 +203,45 @@ class Ranks:
     ) -> None:
         if self.group is None:
             return
+        ended = error
         try:
             if error is None:
                 self.gather(None)
-            elif not isinstance(error, RankError):
+            elif not isinstance(error, RankError | KeyboardInterrupt):
                 if _is_lost_connection(error):
                     self._watch.wait()
                 self._watch.report(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+        except BaseException as heard:
+            ended = heard
+            raise
         finally:
+            if isinstance(ended, KeyboardInterrupt):
+                self._watch.leave(str(ended))
             if self._outermost:
-                _ENTERED.pop(self.group).close()
-        if self._outermost and error is None:
+                self._end(ended)
+
+    def _end(self, ended: BaseException | None) -> None:
+        orderly = ended is None or isinstance(ended, Interrupted)
+        if isinstance(ended, Interrupted):
+            self._watch.wait_until_all_have_left(self.size)
+        assert self.group is not None
+        _ENTERED.pop(self.group).close()
+        if orderly:
             self._watch.take_leave(self.size)
+
+    # ---- interruptions
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this rank or another was told to stop; it is heard of within a second or two."""
+        return self._stopping if self.group is None else self._watch.stopping
+
+    def stop(self) -> None:
+        """Tell all ranks to stop where they can go on later; may be called by the handler of a signal."""
+        if self.group is None:
+            self._stopping = True
+        else:
+            self._watch.stopping = True
 
     # ---- what is small
 
@@ -186,6 +250,7 @@ class Ranks:
 
         Raises:
             RankError: another rank does not come, since it failed.
+            Interrupted: another rank does not come, since it was interrupted.
         """
         if self.group is None:
             return [value]
@@ -195,6 +260,9 @@ class Ranks:
         pause, longest = _LOOKS
         while not watch.store.check(keys):
             watch.raise_if_failed()
+            # Who left after this meeting has come to it.
+            if watch.left is not None and not watch.store.check(keys):
+                watch.raise_if_interrupted()
             time.sleep(pause)
             pause = min(longest, 2 * pause)
         if watch.meetings:

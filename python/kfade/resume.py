@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .config import FitConfig
 from .distributed import Owners
-from .errors import StorageError
+from .errors import Interrupted, StorageError
 from .factors import Sketches
 from .journal import Journal
 from .layer_curvature import LayerCurvature
@@ -88,7 +88,7 @@ class FitStore:
     def __init__(self, directory: str | Path | None, config: FitConfig, progress: Progress, ranks: Ranks) -> None:
         self._journal = None if directory is None else Journal(directory, config, progress, ranks)
         self._config, self._progress, self._ranks = config, progress, ranks
-        self._interrupted = False
+        self._signalled = False
 
     def __enter__(self) -> FitStore:
         self._handler: Any = None
@@ -109,9 +109,10 @@ class FitStore:
             signal.signal(signal.SIGINT, self._handler)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+        if self._signalled:
             raise KeyboardInterrupt
-        self._interrupted = True
+        self._signalled = True
+        self._ranks.stop()
 
     def open(
         self,
@@ -191,7 +192,7 @@ class FitStore:
         self, states: Mapping[str, LayerCurvature], stages: Sequence[str], batches: Sequence[Batch]
     ) -> Sequence[Batch]:
         """Give states the sums of a pass that was cut off, and return the batches that are still to be added."""
-        self._states, self._stages, self._begun, journal = states, stages, 0, self._journal
+        self._states, self._stages, self._begun, self._saved, journal = states, stages, 0, 0, self._journal
         if journal is None:
             return batches
         for state in states.values():
@@ -211,7 +212,7 @@ class FitStore:
             state.positions = found["positions"].get(name, state.positions)
             if not all(_sums_of(state, [stage]) for stage in stages if stage in stages_of(state)):
                 raise StorageError(f"{journal.directory / found['file']} lacks the sums of {name}")
-        self._begun = found["batches"]
+        self._begun = self._saved = found["batches"]
         self._progress.say(f"going on after batch {self._begun} of {len(batches)} of {stages[0]}")
         return batches[self._begun :]
 
@@ -234,18 +235,34 @@ class FitStore:
 
     def watch(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """The batches that `resume` returned, one by one; the sums are saved between them when it is time."""
+        journal, end = self._journal, self._begun + len(batches)
+        if self._ranks.size > 1:
+            self._stop_if_interrupted()
         for done, batch in enumerate(batches, self._begun + 1):
             yield batch
-            if self._journal is None:
+            if journal is None:
+                self._stop_if_interrupted()
                 continue
-            if done == self._begun + len(batches):
-                if self._sketches(self._states):
-                    self._save_sums(self._journal, done)
+            if done == end:
                 continue
-            self._journal.raise_if_failed()
-            if self._interrupted or time.monotonic() >= self._next:
-                self._save_sums(self._journal, done)
+            journal.raise_if_failed()
+            if self._ranks.stopping or time.monotonic() >= self._next:
+                self._save_sums(journal, done)
             self._stop_if_interrupted()
+        if journal is not None and batches and self._sketches(self._states):
+            self._save_sums(journal, end)
+        if journal is not None and self._ranks.size > 1:
+            self._meet(journal, end)
+
+    def _meet(self, journal: Journal, done: int) -> None:
+        """Wait until all ranks have added their batches; where one is interrupted, what this one added is saved."""
+        try:
+            self._stop_if_interrupted()
+            self._ranks.gather(None)
+        except Interrupted:
+            if done > self._saved:
+                self._save_sums(journal, done)
+            raise
 
     def _sketches(self, states: Mapping[str, LayerCurvature]) -> bool:
         """Whether a factor of these is sketched."""
@@ -270,6 +287,7 @@ class FitStore:
             "positions": {name: state.positions for name, state in self._states.items()},
         }
         journal.save_sums(entry, tensors)
+        self._saved = done
         now = time.monotonic()
         self._next = now + max(self._config.checkpoint_seconds, (now - begin) / CHECKPOINT_SHARE)
 
@@ -309,7 +327,10 @@ class FitStore:
             self._stop_if_interrupted()
 
     def _stop_if_interrupted(self) -> None:
-        if self._journal is not None and self._interrupted:
-            self._journal.wait()
-            where = self._journal.directory
-            raise KeyboardInterrupt(f"interrupted; what was done is saved in {where}: run the same to go on")
+        if not self._ranks.stopping:
+            return
+        if self._journal is None:
+            raise Interrupted
+        self._journal.wait()
+        where = self._journal.directory
+        raise Interrupted(f"interrupted; what was done is saved in {where}: run the same to go on")

@@ -611,6 +611,17 @@ def test_a_rank_says_which_it_is_when_it_fails(home: Path, tmp_path: Path) -> No
         assert error.startswith(f"error of rank {rank}: ")
 
 
+def test_a_signal_to_one_rank_ends_the_command_of_all(home: Path, tmp_path: Path) -> None:
+    """Rank 0, which keeps the store of the group, ends last, and says how to go on."""
+    words = [str(word) for word in ("fit", *sources(home)[:2], *sources(home)[4:], "--quiet", "--out", tmp_path / "f")]
+    first, second = run_ranks(rank_work.interrupted_command, 2, tmp_path, words, 1, launched=True)
+    said = f"interrupted; what was done is saved in {tmp_path / 'f'}: run the same to go on\n"
+    assert first == (130, "", said)
+    assert second == (130, "", ""), "rank 1 prints nothing"
+    (code, _, error), _ = run_ranks(rank_work.command, 2, tmp_path, words, launched=True)
+    assert code == 0, error
+
+
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # Its launcher of several GPUs is the one that sets ranks without MPI; the processes may compute on the CPU.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",

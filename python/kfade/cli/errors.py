@@ -26,7 +26,8 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            print(str(error) or "interrupted; no half-written file is left", file=sys.stderr)
+            if launched()[0] == 0:
+                print(str(error) or "interrupted; no half-written file is left", file=sys.stderr)
             raise typer.Exit(130) from None
         except (KfadeError, ValueError, TypeError, OSError) as error:
             if ctx.meta.get(DEBUG):

@@ -54,8 +54,8 @@ def fit(
 ) -> None:
     """Fit the curvature of a retain set and save it, for `unlearn --factors` and for other uses.
 
-    It is saved as it is fitted, but with --rank and under torchrun: where the command is cut off, by whatever, the same
-    command goes on. Under torchrun or accelerate launch all processes share the work.
+    It is saved as it is fitted: where the command is cut off, by whatever, the same command goes on. Under torchrun or
+    accelerate launch all processes share the work.
     """
     from ..curvature import Curvature
     from ..data import make_batches
