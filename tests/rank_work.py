@@ -151,7 +151,9 @@ def fit_into(group: ProcessGroup, folder: Path) -> None:
     kfade.fit(models.tiny("llama"), batches(), store=folder, group=group)
 
 
-def fit_saved(group: ProcessGroup, folder: Path, name: str, rank: int, fatal: int, how: str) -> int | RankError:
+def fit_saved(
+    group: ProcessGroup, folder: Path, name: str, rank: int, fatal: int, how: str, model: str = "plain"
+) -> int | RankError:
     """A fit that saves itself; `rank` ends at its event of this number. How many events there were, or the error."""
     ranks.BEAT_SECONDS, ranks.SILENT_SECONDS, resume.CHECKPOINT_SHARE = 0.2, 4.0, 1e9
     events = 0
@@ -173,16 +175,23 @@ def fit_saved(group: ProcessGroup, folder: Path, name: str, rank: int, fatal: in
     decomposition.decompose = watched(decomposition.decompose)
     decomposition.decompose_sketch = watched(decomposition.decompose_sketch)
     try:
-        kfade.fit(
-            models.tiny("llama"), batches(), replace(CASES[name], checkpoint_seconds=0), store=folder, group=group
-        )
+        fitted = wrapped(model, models.tiny("llama"), group)
+        kfade.fit(fitted, batches(), replace(CASES[name], checkpoint_seconds=0), store=folder, group=group)
     except RankError as error:
         return error
     return events
 
 
 def fit_interrupted(
-    group: ProcessGroup, folder: Path, name: str, count: int, rank: int, when: str, number: int, who: str
+    group: ProcessGroup,
+    folder: Path,
+    name: str,
+    count: int,
+    rank: int,
+    when: str,
+    number: int,
+    who: str,
+    model: str = "plain",
 ) -> dict[str, Any]:
     """A fit on `count` batches that gets SIGINT at a moment of `rank`, beside which all others are slow or fast.
 
@@ -195,6 +204,7 @@ def fit_interrupted(
         when: `sampled` or `decompose`, of which the `number`-th call is meant; or `meeting`, when it waits for others.
         number: see above.
         who: `all` ranks get the signal, as from a launcher, this `one` alone, or this one `twice`.
+        model: how it is wrapped.
 
     Returns:
         The error, the stages of the last pass and how many batches of it were added, the stages that were put, and how
@@ -242,14 +252,15 @@ def fit_interrupted(
     Head.sampled, decomposition.decompose = reached("sampled", sampled), reached("decompose", decompose)  # type: ignore[method-assign]
     options = replace(CASES[name], checkpoint_seconds=600)
     try:
-        kfade.fit(models.tiny("llama"), batches()[:count], options, store=folder, group=group)
+        fitted = wrapped(model, models.tiny("llama"), group)
+        kfade.fit(fitted, batches()[:count], options, store=folder, group=group)
     except KeyboardInterrupt as error:
         told["error"] = error
     return told
 
 
-def go_on(group: ProcessGroup, folder: Path, name: str, count: int) -> None:
-    kfade.fit(models.tiny("llama"), batches()[:count], CASES[name], store=folder, group=group)
+def go_on(group: ProcessGroup, folder: Path, name: str, count: int, model: str = "plain") -> None:
+    kfade.fit(wrapped(model, models.tiny("llama"), group), batches()[:count], CASES[name], store=folder, group=group)
 
 
 def fail(group: ProcessGroup, when: str, how: str) -> Any:
@@ -337,6 +348,13 @@ def unlearn_wrapped(group: ProcessGroup, folder: Path, how: str, names: tuple[st
     return told
 
 
+def unlearn_stored(group: ProcessGroup, folder: Path, name: str) -> None:
+    """The update of a sharded model whose fit saves itself."""
+    model = wrapped("fsdp", models.tiny("llama"), group)
+    update = kfade.unlearn(model, *forget_and_retain(), UNLEARNING["one step"], store=folder / "s", group=group)
+    update.save(folder / name)
+
+
 def measured(update: kfade.Update) -> tuple[float, ...]:
     """What the run that made an update ended with."""
     end = update.report.outcome
@@ -357,7 +375,6 @@ def refused(group: ProcessGroup) -> list[str]:
     plain, cg = models.tiny("llama"), UnlearnConfig(cg_iterations=2)
     found = [
         message(lambda: kfade.unlearn(plain, *data, cg, group=group)),
-        message(lambda: kfade.fit(sharded, batches(), store="s", group=group)),
         message(lambda: kfade.fit(sharded, batches())),
         message(lambda: kfade.fit(sharded, batches(), FitConfig(device_memory=1.0), group=group)),
         message(lambda: kfade.fit(plain, batches(), group=group, basis=kfade.fit(plain, batches(), group=group))),

@@ -253,11 +253,6 @@ def fit_among(
         raise ValueError("basis has the layers of one rank alone; save it and load it to have all of them")
     model = unwrapped(model)
     check_sharding(model, ranks.group)
-    if store is not None and is_sharded(model):
-        raise ValueError(
-            f"store is {store} and the model is sharded: such a fit cannot save itself as it goes; leave store out, and"
-            " save the curvature afterwards"
-        )
     if config.device_memory is not None and is_sharded(model):
         raise ValueError(
             f"config.device_memory is {config.device_memory} and the model is sharded, for which there are no plans; it"
@@ -285,8 +280,8 @@ def fit_among(
         stack.enter_context(frozen(model))
         if basis is not None:
             _check_basis(basis, layers, config, state_dtype(model))
-        kept = stack.enter_context(FitStore(store, config, progress, ranks))
         idle = idle_batch(device_of(model), attended=False) if is_sharded(model) else None
+        kept = stack.enter_context(FitStore(store, config, progress, ranks, idle))
         first, second = (ranks.mine(part, ranks.share(part), idle) for part in parts)
         decomposes = decomposes and config.decomposition == "eigh"
         fit = _Fit(model, head, config, progress, kept, parts, (first, second), basis, decomposes, ranks)
@@ -327,9 +322,9 @@ def fit(
         progress: where to show progress and record costs.
         store: a directory to save the curvature in as it is fitted. Where the fit is cut off, by whatever, the same
             call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the batch or factor in
-            hand, of every rank. On a CPU the states that are returned are mapped from its files, but for thin bases. With a group it
-            is one directory for all ranks, and as many must go on for the same bits. None saves nothing; of a sharded
-            model it must be None.
+            hand, of every rank. On a CPU the states that are returned are mapped from its files, but for thin bases.
+            With a group it is one directory for all ranks, and as many must go on for the same bits. None saves
+            nothing.
         group: the ranks that share the fit; each calls this with the same arguments, all batches among them. None:
             this process alone, whatever is initialised.
         basis: a curvature `kfac` or `ekfac` of the same layers, say of the model before an update: its A, S and
@@ -343,7 +338,7 @@ def fit(
     Raises:
         StorageError: `store` holds something else than this fit, or a corrupt file.
         ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes; or
-            there is a `store` and the model is sharded; or ranks were given different batches, options or weights.
+            it is not None and the model is sharded; or ranks were given different batches, options or weights.
         RankError: another rank of the group failed or has ended.
         Interrupted: a KeyboardInterrupt that says how to go on: Ctrl-C with a `store`, or another rank was interrupted.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.

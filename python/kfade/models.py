@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .sharding import reshard, whole
 from .storage import write_text
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -133,9 +134,14 @@ def outline_model(config: Any, dtype: str = "float32") -> Any:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of the names, shapes and bytes of all parameters and buffers that a checkpoint has."""
+    """Of the names, shapes and bytes of all parameters and buffers that a checkpoint has.
+
+    Of a sharded model, where all ranks call it, each is gathered in its turn: the digest is that of the whole model.
+    """
+    reshard(model)
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, shards in sorted(model.state_dict().items()):
+        value = whole(shards)
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from .config import FitConfig, fit_config, to_dict
 from .layer_curvature import LayerCurvature
 from .loss import Batch
 from .models import weights_sha256
+from .sharding import class_of
 from .storage import BASIS, stage_tensors, stages_of, tensors_sha256
 
 # Options that change how a fit runs and not what it gives.
@@ -26,7 +27,7 @@ def weights_and_shape(model: nn.Module) -> dict[str, str]:
     values = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
     for name in ("_name_or_path", "transformers_version"):
         values.pop(name, None)
-    text = f"{type(model).__name__} {json.dumps(values, sort_keys=True, default=str)}"
+    text = f"{class_of(model).__name__} {json.dumps(values, sort_keys=True, default=str)}"
     return {"weights": weights_sha256(model), "architecture": hashlib.sha256(text.encode()).hexdigest()}
 
 

@@ -83,9 +83,19 @@ class FitStore:
         config: of the fit.
         progress: is told what is gone on with.
         ranks: who share the fit.
+        idle: what a rank with fewer batches than another runs in their place, where all must run as many; such ranks
+            stop after the same batch. None where each runs its own.
     """
 
-    def __init__(self, directory: str | Path | None, config: FitConfig, progress: Progress, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        directory: str | Path | None,
+        config: FitConfig,
+        progress: Progress,
+        ranks: Ranks,
+        idle: Batch | None = None,
+    ) -> None:
+        self._idle = idle
         self._journal = None if directory is None else Journal(directory, config, progress, ranks)
         self._config, self._progress, self._ranks = config, progress, ranks
         self._signalled = False
@@ -192,6 +202,14 @@ class FitStore:
         self, states: Mapping[str, LayerCurvature], stages: Sequence[str], batches: Sequence[Batch]
     ) -> Sequence[Batch]:
         """Give states the sums of a pass that was cut off, and return the batches that are still to be added."""
+        rest = self._rest(states, stages, batches)
+        if self._journal is None or self._idle is None:
+            return rest
+        return [*rest, *[self._idle] * (max(self._ranks.gather(len(rest))) - len(rest))]
+
+    def _rest(
+        self, states: Mapping[str, LayerCurvature], stages: Sequence[str], batches: Sequence[Batch]
+    ) -> Sequence[Batch]:
         self._states, self._stages, self._begun, self._saved, journal = states, stages, 0, 0, self._journal
         if journal is None:
             return batches
@@ -236,7 +254,7 @@ class FitStore:
     def watch(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """The batches that `resume` returned, one by one; the sums are saved between them when it is time."""
         journal, end = self._journal, self._begun + len(batches)
-        if self._ranks.size > 1:
+        if self._ranks.size > 1 and self._told_to_stop():
             self._stop_if_interrupted()
         for done, batch in enumerate(batches, self._begun + 1):
             yield batch
@@ -246,13 +264,24 @@ class FitStore:
             if done == end:
                 continue
             journal.raise_if_failed()
-            if self._ranks.stopping or time.monotonic() >= self._next:
+            stopping = self._told_to_stop()
+            if stopping or time.monotonic() >= self._next:
                 self._save_sums(journal, done)
-            self._stop_if_interrupted()
+            if stopping:
+                self._stop_if_interrupted()
         if journal is not None and batches and self._sketches(self._states):
             self._save_sums(journal, end)
         if journal is not None and self._ranks.size > 1:
             self._meet(journal, end)
+
+    def _told_to_stop(self) -> bool:
+        """Whether to stop before the next batch; one answer for all ranks where they run it together."""
+        if self._idle is None or self._journal is None:
+            return self._ranks.stopping
+        if any(self._ranks.gather(self._ranks.stopping)):
+            self._ranks.stop()
+            return True
+        return False
 
     def _meet(self, journal: Journal, done: int) -> None:
         """Wait until all ranks have added their batches; where one is interrupted, what this one added is saved."""

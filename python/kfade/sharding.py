@@ -31,6 +31,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def class_of(model: nn.Module) -> type:
+    """The class of a model before FSDP2 has put one of its own in its place."""
+    return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
+
+
 def check_sharding(model: nn.Module, group: ProcessGroup | None) -> None:
     """Look whether the shards of a model are those of a group.
 

@@ -428,7 +428,7 @@ def unlearn(
         observe: is told the steps taken and the seconds of unlearning so far, its own and looks on the way left out,
             with the model as the steps have made it, not yet scaled.
         store: a directory in which the fit saves itself, and goes on where it was cut off; see `kfade.fit`. Refits
-            are not saved. Of a sharded model it must be None.
+            are not saved.
         group: the ranks that share the work; each calls this with the same arguments, all batches among them. None:
             this process alone.
 
@@ -437,8 +437,8 @@ def unlearn(
         rank has all of it; where the model is sharded, its shards of it.
 
     Raises:
-        ValueError: bad batches, a `curvature` of other layers, both a `curvature` and a `store`, a sharded model
-            with a `store`, or a group with `config.cg_iterations`.
+        ValueError: bad batches, a `curvature` of other layers, both a `curvature` and a `store`, or a group
+            with `config.cg_iterations`.
         StorageError, OSError: of `store`, as `fit`.
         RankError, UnsupportedLayerError, NonFiniteError: as `fit`.
     """

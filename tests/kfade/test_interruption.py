@@ -77,3 +77,22 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert type(second["error"]) is KeyboardInterrupt and second["batches"] == 0
     assert type(first["error"]) is Interrupted and first["batches"] > 0
     require_kept(first, tmp_path / "s", 0)
+
+
+@pytest.mark.parametrize("rank, when, number, who", [
+    (1, "sampled", 1, "one"),
+    pytest.param(0, "decompose", 1, "all", marks=pytest.mark.slow),
+    pytest.param(0, "sampled", 3, "all", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_ranks_of_a_sharded_model_stop_after_the_same_batch(
+    rank: int, when: str, number: int, who: str, tmp_path: Path
+) -> None:
+    """None is left in a collective of the next one."""
+    arguments = (tmp_path / "s", "ekfac", 3, rank, when, number, who, "fsdp")
+    told = run_ranks(rank_work.fit_interrupted, 2, tmp_path, *arguments, seconds=60)
+    assert [type(one["error"]) for one in told] == [Interrupted] * 2, told
+    if when == "sampled":
+        assert told[0]["batches"] == told[1]["batches"]
+    for folder in ("s", "whole"):
+        run_ranks(rank_work.go_on, 2, tmp_path, tmp_path / folder, "ekfac", 3, "fsdp")
+    assert manifest(tmp_path / "s") == manifest(tmp_path / "whole")

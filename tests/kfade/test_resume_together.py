@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from kfade import Curvature, StorageError
 from kfade.errors import RankError
 
 
-def attempt(size: int, tmp_path: Path, folder: str, name: str, rank: int = 0, fatal: int = 0, how: str = "") -> Any:
-    return run_ranks(rank_work.fit_saved, size, tmp_path, tmp_path / folder, name, rank, fatal, how)
+def attempt(size: int, tmp_path: Path, folder: str, name: str, rank: int = 0, fatal: int = 0, *how: str) -> Any:
+    return run_ranks(rank_work.fit_saved, size, tmp_path, tmp_path / folder, name, rank, fatal, *(how or [""]))
 
 
 def require_whole(found: Path, expected: Path) -> None:
@@ -98,3 +99,36 @@ def test_a_directory_of_another_fit_is_refused_by_all(tmp_path: Path) -> None:
     first, second = attempt(2, tmp_path, "s", "kfac")
     assert type(first) is StorageError and "config.curvature is 'kfac' and was 'ekfac'" in str(first)
     assert type(second) is RankError and "rank 0 failed: StorageError" in str(second)
+
+
+@pytest.mark.parametrize("name, fatal", [
+    ("ekfac", (0.25, 0.5)), ("passes", (0.45,)),
+    pytest.param("low rank", (0.1, 0.4), marks=pytest.mark.slow),
+    pytest.param("passes", (0.15, 0.2, 0.2, 0.2), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_sharded_ranks_go_on(name: str, fatal: tuple[float, ...], tmp_path: Path) -> None:
+    """Killed at some shares of their events: who has saved more of a pass waits for the other with idle batches."""
+
+    def sharded(folder: str, rank: int = 0, number: int = 0) -> Any:
+        return attempt(2, tmp_path, folder, name, rank, number, "kill", "fsdp")
+
+    events = sharded("whole")
+    for number, share in enumerate(fatal):
+        told = sharded("s", number % 2, int(share * events[number % 2]))
+        assert told[number % 2] == -signal.SIGKILL and type(told[1 - number % 2]) is RankError, told
+    again = sharded("s")
+    assert all(type(count) is int for count in again) and sum(again) < sum(events), "something was kept"
+    require_whole(tmp_path / "s", tmp_path / "whole")
+    require_close(Curvature.load(tmp_path / "s"), kfade.fit(models.tiny("llama"), batches(), CASES[name]))
+
+
+def test_what_sharded_ranks_have_finished_one_process_goes_on_with(tmp_path: Path) -> None:
+    """The weights have one digest, sharded over any number of ranks or whole."""
+    events = attempt(2, tmp_path, "whole", "ekfac", 0, 0, "", "fsdp")
+    attempt(2, tmp_path, "s", "ekfac", 0, int(0.7 * events[0]), "kill", "fsdp")
+    taken = {n: e["sha256"] for n, e in manifest(tmp_path / "s")["files"].items() if e["stage"].endswith("factors")}
+    attempt(3, tmp_path, "s", "ekfac", 1, 12, "kill", "fsdp")
+    kfade.fit(models.tiny("llama"), batches(), CASES["ekfac"], store=tmp_path / "s")
+    files = manifest(tmp_path / "s")["files"]
+    assert taken and all(files[name]["sha256"] == digest for name, digest in taken.items())
+    require_close(Curvature.load(tmp_path / "s"), kfade.fit(models.tiny("llama"), batches(), CASES["ekfac"]))
