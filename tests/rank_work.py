@@ -325,6 +325,7 @@ UNLEARNING = {
     "steps": UnlearnConfig.stepwise(steps=3, refit_every=2, holdout=0.3),
     "npo": UnlearnConfig(objective="npo", steps=2, kl_budget=None, step_size=1e-3, holdout=0.3, retain_weight=1.0),
     "cholesky": UnlearnConfig(kl_budget=0.01, holdout=0.3, fit=CASES["cholesky"]),
+    "cg": UnlearnConfig(kl_budget=0.01, holdout=0.3, fit=CASES["ekfac"], cg_iterations=3),
 }
 
 
@@ -374,7 +375,7 @@ def refused(group: ProcessGroup) -> list[str]:
     half = torch.distributed.new_group([0])
     plain, cg = models.tiny("llama"), UnlearnConfig(cg_iterations=2)
     found = [
-        message(lambda: kfade.unlearn(plain, *data, cg, group=group)),
+        message(lambda: kfade.unlearn(sharded, *data, cg, group=group)),
         message(lambda: kfade.fit(sharded, batches())),
         message(lambda: kfade.fit(sharded, batches(), FitConfig(device_memory=1.0), group=group)),
         message(lambda: kfade.fit(plain, batches(), group=group, basis=kfade.fit(plain, batches(), group=group))),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .capture import layer_hooks, trained
+from .capture import layer_hooks
 from .errors import UnsupportedLayerError
 from .layers import Layer
 from .loss import Batch, Head
@@ -93,28 +93,33 @@ def softmax_hessian_product(head: Head, rows: Tensor, tangent: Tensor, temperatu
     return product
 
 
-def gauss_newton_product(
+def add_gauss_newton_products(
     model: nn.Module,
     head: Head,
     layers: Sequence[Layer],
     batches: Sequence[Batch],
-    matrices: Matrices,
-    temperature: float = 1.0,
-) -> Matrices:
-    """`G v` over some batches, for v and the result `[d_out, d_in (+ 1)]` by layer name.
+    change: Mapping[str, Tensor],
+    tokens: int,
+    temperature: float,
+) -> None:
+    """Add what some batches give of `G v` to the gradients of the layers' parameters, which must require them.
 
     Cost: about six forward passes over the batches.
+
+    Args:
+        model: the model.
+        head: runs it.
+        layers: whose weights change.
+        batches: all those of the token mean, or a part of them.
+        change: v by parameter name.
+        tokens: loss positions of all batches.
+        temperature: of the softmax.
     """
-    tokens = sum(len(batch.loss_index) for batch in batches)
-    change = {name: part for layer in layers for name, part in layer.split(matrices[layer.name]).items()}
-    parameters = [p for layer in layers for p in layer.parameters().values()]
-    with trained(model, parameters):
-        for batch in batches:
-            with torch.no_grad():
-                rows, tangent = linearised_rows(model, head, layers, batch, change)
-                curved = softmax_hessian_product(head, rows, tangent, temperature)
-            head.rows(batch).backward(curved / tokens)
-        return gradient_matrices(layers, next(iter(matrices.values())).dtype)
+    for batch in batches:
+        with torch.no_grad():
+            rows, tangent = linearised_rows(model, head, layers, batch, change)
+            curved = softmax_hessian_product(head, rows, tangent, temperature)
+        head.rows(batch).backward(curved / tokens)
 
 
 def gradient_matrices(layers: Sequence[Layer], dtype: torch.dtype) -> Matrices:
@@ -138,6 +143,7 @@ def conjugate_gradients(
     precondition: Callable[[Matrices], Matrices],
     iterations: int,
     tolerance: float = 1e-6,
+    inner: Callable[[Matrices, Matrices], float] = dot,
 ) -> Matrices:
     """Preconditioned conjugate gradients for `A x = b` (Hestenes and Stiefel 1952), from 0.
 
@@ -149,17 +155,18 @@ def conjugate_gradients(
         precondition: an approximation of A⁻¹ applied to v, positive definite too.
         iterations: at most so many products.
         tolerance: end where the residual, in the preconditioner's norm, has fallen by this factor.
+        inner: the inner product; where ranks share the matrices, the sum over them.
     """
     solution = {name: torch.zeros_like(matrix) for name, matrix in right.items()}
     residual = {name: matrix.clone() for name, matrix in right.items()}
     conditioned = precondition(residual)
     direction = {name: matrix.clone() for name, matrix in conditioned.items()}
-    first = norm = dot(residual, conditioned)
+    first = norm = inner(residual, conditioned)
     for _ in range(iterations):
         if not norm > tolerance**2 * first:
             break
         curved = product(direction)
-        bend = dot(direction, curved)
+        bend = inner(direction, curved)
         if not bend > 0:
             break
         length = norm / bend
@@ -167,7 +174,7 @@ def conjugate_gradients(
             solution[name].add_(along, alpha=length)
             residual[name].sub_(curved[name], alpha=length)
         conditioned = precondition(residual)
-        norm, before = dot(residual, conditioned), norm
+        norm, before = inner(residual, conditioned), norm
         for name, along in direction.items():
             along.mul_(norm / before).add_(conditioned[name])
     return solution

@@ -35,7 +35,7 @@ from .curvature import Curvature
 from .distributed import ShardedCurvature, layer_owners, made_from
 from .fit import fit_among
 from .layers import Layer, select
-from .linearise import Matrices, conjugate_gradients, dot, gauss_newton_product, gradient_matrices
+from .linearise import Matrices, add_gauss_newton_products, conjugate_gradients, dot, gradient_matrices
 from .loss import Batch, Head, Ignorance, check_batches, idle_batch, require_finite
 from .models import device_of, model_id, state_dtype
 from .progress import Progress, Stage, StageCost
@@ -270,6 +270,15 @@ class _Run:
                     stage.advance(batch.tokens)
             return self._collected()
 
+    def gauss_newton_product(self, matrices: Matrices, batches: Sequence[Batch]) -> Matrices:
+        """`G v` with the exact Gauss-Newton matrix of some batches, at the weights as they are."""
+        tokens = sum(len(batch.loss_index) for batch in batches)
+        change = {name: part for _, parts in self.delivered(matrices) for name, part in parts.items()}
+        mine, temperature = self.shares.mine(batches), self.config.fit.temperature
+        with self._tracked():
+            add_gauss_newton_products(self.model, self.head, self.layers, mine, change, tokens, temperature)
+            return self._collected()
+
     def _collected(self) -> Matrices:
         """The gradient that parameters have, summed over ranks, each layer at its owner."""
         if self.ranks.size == 1:
@@ -437,24 +446,24 @@ def unlearn(
         rank has all of it; where the model is sharded, its shards of it.
 
     Raises:
-        ValueError: bad batches, a `curvature` of other layers, both a `curvature` and a `store`, or a group
-            with `config.cg_iterations`.
+        ValueError: bad batches, a `curvature` of other layers, both a `curvature` and a `store`, or a
+            sharded model with `config.cg_iterations`.
         StorageError, OSError: of `store`, as `fit`.
         RankError, UnsupportedLayerError, NonFiniteError: as `fit`.
     """
     config = config or UnlearnConfig()
     progress = progress or Progress()
-    if group is not None and config.cg_iterations:
-        raise ValueError(
-            f"config.cg_iterations is {config.cg_iterations} and a group is given: conjugate gradients run in one"
-            " process alone; it must be 0"
-        )
     if curvature is not None and store is not None:
         raise ValueError(f"store is {store}, and a curvature is given: there is nothing to fit; give one of them")
     if (every > 0) != (observe is not None):
         raise ValueError(f"every is {every} and observe is {observe}; give both, with every at least 1, or neither")
     model = unwrapped(model)
     check_sharding(model, group)
+    if config.cg_iterations and is_sharded(model):
+        raise ValueError(
+            f"config.cg_iterations is {config.cg_iterations} and the model is sharded, through which no forward-mode"
+            " derivative is taken; it must be 0"
+        )
     layers = select(model, config.fit.modules)
     device = device_of(model)
     forget_batches = [b for b in check_batches(forget, device, "forget") if len(b.loss_index)]
@@ -584,7 +593,11 @@ class _Stepper:
         gradient = self.run.gradient(parts, stage)
         if config.cg_iterations:
             solved = conjugate_gradients(
-                lambda v: self._damped_product(v, kept), gradient, self._solve, config.cg_iterations
+                lambda v: self._damped_product(v, kept),
+                gradient,
+                self._solve,
+                config.cg_iterations,
+                inner=lambda left, right: self.run.ranks.sums([dot(left, right)])[0],
             )
         else:
             solved = self._solve(gradient)
@@ -600,7 +613,7 @@ class _Stepper:
         """`(G + λI) v` with the exact Gauss-Newton matrix of some retain batches, at the weights as they are."""
         assert self.curvature is not None
         run, config = self.run, self.config
-        product = gauss_newton_product(run.model, run.head, run.layers, batches, matrices, config.fit.temperature)
+        product = run.gauss_newton_product(matrices, batches)
         for name, matrix in product.items():
             matrix.add_(matrices[name], alpha=self.curvature[name].damping(config.damping, config.damping_kind))
         return product

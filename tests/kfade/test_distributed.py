@@ -124,7 +124,8 @@ def test_wrapped_models_are_fitted(size: int, how: str, name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("size, how, names", [
-    (2, "plain", ("one step", "steps", "cholesky")), (2, "ddp", ("one step",)), (2, "fsdp", ("steps",)),
+    (2, "plain", ("one step", "steps", "cholesky")), (2, "plain", ("cg",)), (3, "ddp", ("cg",)),
+    (2, "ddp", ("one step",)), (2, "fsdp", ("steps",)),
     pytest.param(4, "plain", ("steps", "npo"), marks=pytest.mark.slow),
     pytest.param(4, "fsdp", ("one step", "npo"), marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -198,7 +199,7 @@ def test_a_model_larger_than_the_memory_of_each_process_is_unlearned(tmp_path: P
 
 def test_what_a_group_cannot_do(tmp_path: Path) -> None:
     for told in (ranks := run_ranks(rank_work.refused, 2, tmp_path)):
-        assert "config.cg_iterations is 2 and a group is given" in told[0]
+        assert "config.cg_iterations is 2 and the model is sharded" in told[0]
         assert "model is sharded and group is None" in told[1]
         assert "config.device_memory is 1.0 and the model is sharded" in told[2]
         assert "basis has the layers of one rank alone; save it and load it" in told[3]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import kfade
-from kfade.capture import deterministic_mode
+from kfade.capture import deterministic_mode, trained
 from kfade.layers import Layer, select
-from kfade.linearise import conjugate_gradients, dot, gauss_newton_product
+from kfade.linearise import Matrices, add_gauss_newton_products, conjugate_gradients, dot, gradient_matrices
 from kfade.loss import Batch, Head, check_batches
 from kfade.unlearn import as_batches, split_holdout
 
@@ -50,6 +50,17 @@ def flat(matrices: dict[str, Tensor]) -> Tensor:
     return torch.cat([matrix.flatten() for matrix in matrices.values()])
 
 
+def product_of(
+    model: nn.Module, head: Head, layers: list[Layer], batches: list[Batch], matrices: Matrices, temperature: float
+) -> Matrices:
+    """`G v` over some batches, for v and the result `[d_out, d_in (+ 1)]` by layer name."""
+    tokens = sum(len(batch.loss_index) for batch in batches)
+    change = {name: part for layer in layers for name, part in layer.split(matrices[layer.name]).items()}
+    with trained(model, [p for layer in layers for p in layer.parameters().values()]):
+        add_gauss_newton_products(model, head, layers, batches, change, tokens, temperature)
+        return gradient_matrices(layers, torch.float64)
+
+
 @pytest.mark.parametrize("padding", models.PADDINGS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -62,7 +73,7 @@ def test_products_are_those_of_the_matrix(kind: str, temperature: float, padding
         head = Head(model, batches[0], {m for layer in layers for m in layer.modules})
         matrix = dense_gauss_newton(model, layers, batches, temperature)
         vector = {x.name: torch.randn(x.d_out, x.width_in, dtype=torch.float64) for x in layers}
-        product = gauss_newton_product(model, head, layers, batches, vector, temperature)
+        product = product_of(model, head, layers, batches, vector, temperature)
     expected = (matrix @ flat(vector)).detach()
     # transformers computes Llama's norms in float32, in whatever dtype the model is; GPT-2's are float64 here.
     limit = (1e-6 if kind == "llama" else 1e-11) * float(expected.abs().max())
