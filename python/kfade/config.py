@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -61,6 +62,10 @@ class FitConfig:
             passes over the data; None collects all at once.
         device_memory: GiB that the process may take on the model's device; where `layers_per_pass` is None it is chosen
             so that the fit stays within, see `kfade.plan`. None is no limit.
+        state_device: where accumulators, eigenvectors and Λ live while they are not used: `cpu` (host memory, pinned),
+            or another GPU, `cuda` or `cuda:N`. Each layer's are then brought to the model's device as a batch comes to
+            it, so that one pass does however many layers there are; see `kfade.placement`. None is the model's device.
+            Without a group. It has never run on a GPU.
         autocast: `off`, `bfloat16` or `float16`: run the model under autocast.
         temperature: T, by which logits are divided before the softmax whose Fisher is taken. Beyond 1 it sees
             directions that a model has become sure in, where its own Fisher is nearly 0 and grows as soon as it moves.
@@ -85,6 +90,7 @@ class FitConfig:
     seed: int = 0
     layers_per_pass: int | None = None
     device_memory: float | None = None
+    state_device: str | None = None
     autocast: str = "off"
     temperature: float = 1.0
     rank: int | None = None
@@ -107,6 +113,11 @@ class FitConfig:
             _integer("layers_per_pass", self.layers_per_pass, 1)
         if self.device_memory is not None:
             _number("device_memory", self.device_memory, above=0.0)
+        if self.state_device is not None:
+            if not isinstance(self.state_device, str):
+                raise TypeError(f"state_device is {self.state_device!r}; it must be the name of a device, or None")
+            if not re.fullmatch(r"cpu|cuda(:\d+)?", self.state_device):
+                raise ValueError(f"state_device is {self.state_device!r}; it must be cpu, cuda or cuda:N")
         _number("temperature", self.temperature, above=0.0)
         if self.rank is not None:
             _integer("rank", self.rank, 1)

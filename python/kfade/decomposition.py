@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import NonFiniteError
 from .layer_curvature import Basis, Factor, LayerCurvature, Sketch
+from .placement import Placement
 
 # Residual ‖(AQ − QΛ)z‖ / ‖A‖‖z‖ and ‖(QᵀQ − I)z‖ / ‖z‖ of random z, in units of the dtype's rounding, beyond
 # which float32 is retried.
@@ -193,17 +194,21 @@ def decompose_states(
     states: Mapping[str, LayerCurvature],
     done: Callable[[str, str], None] = lambda name, stage: None,
     rank: int | None = None,
+    placement: Placement | None = None,
 ) -> None:
     """Eigenvectors and eigenvalues of the factors of states, where they have a factor and no eigenvectors yet.
 
     On a CPU as many factors are decomposed at once as PyTorch has threads, the largest first. `done(name, stage)` is
     called after each, with the stage that it is of its layer. Sketches, of which `rank` eigenpairs are taken, are freed
-    on the way.
+    on the way. Factors that live elsewhere, by `placement`, come to its device one by one, and eigenvectors go there.
     """
 
     def job(state: LayerCurvature, side: _Side) -> Job:
         def work() -> tuple[Tensor, Basis]:
             total, sketch, count = (getattr(state, name) for name in (side.total, side.sketch, side.count))
+            if placement is not None:
+                total = placement.fetch(total)
+                sketch = sketch and replace(sketch, y=placement.fetch(sketch.y))
             if isinstance(total, PackedBlocks):
                 return decompose_blocks(total, count)
             if sketch is None:
@@ -213,11 +218,13 @@ def decompose_states(
 
         def take(pair: tuple[Tensor, Basis]) -> None:
             for name, value in zip((side.values, side.vectors), pair, strict=True):
-                setattr(state, name, value)
+                setattr(state, name, value if placement is None else placement.keep(value))
             setattr(state, side.sketch, None)
             done(state.name, side.stage)
 
-        return Job(*_cost(getattr(state, side.total), getattr(state, side.sketch)), work, take)
+        total, sketch = getattr(state, side.total), getattr(state, side.sketch)
+        device = (total or sketch.y).device if placement is None else placement.device
+        return Job(*_cost(total, sketch, device), work, take)
 
     leading = [state for state in states.values() if state.group == state.name]
     run(
@@ -235,11 +242,11 @@ def decompose_states(
         state.a_sketch = state.s_sketch = None
 
 
-def _cost(total: Factor | None, sketch: Sketch | None) -> tuple[float, bool]:
-    """What decomposing takes, and whether nothing may run beside it: see Job."""
+def _cost(total: Factor | None, sketch: Sketch | None, device: torch.device) -> tuple[float, bool]:
+    """What decomposing on a device takes, and whether nothing may run beside it: see Job."""
     if sketch is not None:
         order, columns = sketch.y.shape
-        return float(order * columns**2), sketch.y.device.type != "cpu"
+        return float(order * columns**2), device.type != "cpu"
     assert total is not None
     orders = [block.n for block in total.blocks]
-    return float(sum(n**3 for n in orders)), max(orders) >= ALONE or total.device.type != "cpu"
+    return float(sum(n**3 for n in orders)), max(orders) >= ALONE or device.type != "cpu"

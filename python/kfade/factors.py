@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from kfade_kernels import PackedSymmetric, accumulate_factors_, low_rank, sketch_
 from kfade_kernels.blocks import PackedBlocks, slices
+from kfade_kernels.packed import packed_elements
 from torch import Tensor
 
 from .capture import Pair
 from .config import FitConfig
 from .fisher import run_fisher
-from .layer_curvature import LayerCurvature, Sketch
+from .layer_curvature import Factor, LayerCurvature, Sketch
 from .layers import Layer
 from .loss import Batch, FiniteCheck, Head
+from .placement import Placement
 
 # Operands that wait for a common launch keep at most so many bytes, and those of one more layer, from being freed.
 WAITING_BYTES = 512 << 20
@@ -81,8 +84,9 @@ class FactorCollector:
     Args:
         states: the layers' states, by name; sums that they have are added to.
         dtype: of the accumulators.
-        device: of the accumulators and of the model.
+        device: of the model.
         rank: k: factors of an order beyond are sketched for their k largest eigenpairs; None sums all whole.
+        placement: where the accumulators live; None is on `device`.
 
     Attributes:
         first_sample: the pairs belong to the first label sample of their batch; inputs are added for it alone.
@@ -90,29 +94,42 @@ class FactorCollector:
     """
 
     def __init__(
-        self, states: dict[str, LayerCurvature], dtype: torch.dtype, device: torch.device, rank: int | None = None
+        self,
+        states: dict[str, LayerCurvature],
+        dtype: torch.dtype,
+        device: torch.device,
+        rank: int | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self._states = states
+        self._placement = home = placement or Placement(device)
         self._grouped = gains_from_grouping(device)
         self._waiting = _Operands()
         self.finite = FiniteCheck(device)
         self.first_sample = True
         sketches = None if rank is None else Sketches(rank, dtype, device)
 
-        def room(blocks: tuple[int, ...]) -> tuple[PackedSymmetric | PackedBlocks | None, Sketch | None]:
+        def room(
+            total: Factor | None, sketch: Sketch | None, blocks: tuple[int, ...]
+        ) -> tuple[Factor | None, Sketch | None]:
             n = sum(blocks)
+            if total is not None:
+                return home.keep(total), None
             if len(blocks) > 1:
-                return PackedBlocks(blocks, dtype=dtype, device=device), None
+                return PackedBlocks.from_packed(
+                    home.zeros(sum(map(packed_elements, blocks)), dtype=dtype), blocks
+                ), None
             if rank is None or sketches is None or n <= rank:
-                return PackedSymmetric(n, dtype=dtype, device=device), None
-            return None, sketches.new(n)
+                return PackedSymmetric.from_packed(home.zeros(packed_elements(n), dtype=dtype), n), None
+            sketch = sketch or sketches.new(n)
+            # Test vectors are shared, and stay with the trace on the device.
+            return None, Sketch(sketch.omega.to(device), home.keep(sketch.y), sketch.trace.to(device))
 
         for state in states.values():
-            if state.s_sum is None and state.s_sketch is None:
-                state.s_sum, state.s_sketch = room(state.output_blocks)
+            state.s_sum, state.s_sketch = room(state.s_sum, state.s_sketch, state.output_blocks)
         for state in states.values():
-            if state.group == state.name and state.a_sum is None and state.a_sketch is None:
-                state.a_sum, state.a_sketch = room(state.input_blocks)
+            if state.group == state.name:
+                state.a_sum, state.a_sketch = room(state.a_sum, state.a_sketch, state.input_blocks)
 
     @property
     def waiting_bytes(self) -> int:
@@ -121,39 +138,50 @@ class FactorCollector:
 
     def __call__(self, layer: Layer, pairs: list[Pair], batch: Batch) -> None:
         state = self._states[layer.name]
+        takes_input = layer.leads and self.first_sample
+        sums = [_accumulator(state.s_sum, state.s_sketch)]
+        sums.append(_accumulator(state.a_sum, state.a_sketch) if takes_input else None)
+        with self._placement.using(*sums, changes=(True, True)) as (s_sum, a_sum):
+            self._take(layer, pairs, batch, _usable(s_sum, state.s_sketch), _usable(a_sum, state.a_sketch))
+
+    def _take(
+        self, layer: Layer, pairs: list[Pair], batch: Batch, s_sum: Factor | Sketch, a_sum: Factor | Sketch | None
+    ) -> None:
+        """Add pairs to these accumulators, of which that of the inputs is None where they are not added."""
+        state = self._states[layer.name]
         # Dropping rows needs their number on the host, which waits for a GPU; a mask does not.
         mask = batch.attention if self._grouped and batch.padded else None
         for pair in pairs:
             g, a = self._rows(pair.g, batch), None
             self.finite.see(g, batch, f"the output gradient of {layer.name}", mask)
-            if layer.leads and self.first_sample:
+            if a_sum is not None:
                 a = self._rows(pair.a, batch)
                 self.finite.see(a, batch, f"the input of {layer.name}", mask)
             # Nothing is put down before both are seen to be finite.
             waiting = self._waiting
             waiting.mask = mask
-            if state.s_sketch is not None:
-                waiting.sketches.append((state.s_sketch, g, False))
+            if isinstance(s_sum, Sketch):
+                waiting.sketches.append((s_sum, g, False))
             else:
-                assert state.s_sum is not None
-                for block, columns in zip(state.s_sum.blocks, slices(state.output_blocks), strict=True):
+                for block, columns in zip(s_sum.blocks, slices(state.output_blocks), strict=True):
                     waiting.acc_s.append(block)
-                    waiting.g.append(g if block is state.s_sum else g[..., columns])
+                    waiting.g.append(g if block is s_sum else g[..., columns])
             waiting.nbytes += g.nbytes
             if a is not None:
                 a = a.to(pair.dtype)
-                if state.a_sketch is not None:
-                    waiting.sketches.append((state.a_sketch, a, layer.has_bias))
+                if isinstance(a_sum, Sketch):
+                    waiting.sketches.append((a_sum, a, layer.has_bias))
                 else:
-                    assert state.a_sum is not None
-                    for block, columns in zip(state.a_sum.blocks, slices(state.input_blocks), strict=True):
+                    assert a_sum is not None
+                    for block, columns in zip(a_sum.blocks, slices(state.input_blocks), strict=True):
                         waiting.acc_a.append(block)
-                        waiting.a.append(a if block is state.a_sum else a[..., columns])
+                        waiting.a.append(a if block is a_sum else a[..., columns])
                         # The ones are the last column of all, so of the last block.
                         waiting.ones.append(layer.has_bias and columns.stop == state.width_in)
                 waiting.nbytes += a.nbytes
                 state.positions += batch.tokens
-            if not self._grouped or waiting.nbytes > WAITING_BYTES:
+            # What was brought here for this layer goes home after it.
+            if not self._grouped or self._placement.moves or waiting.nbytes > WAITING_BYTES:
                 self._launch()
 
     def _rows(self, x: Tensor, batch: Batch) -> Tensor:
@@ -177,17 +205,29 @@ class FactorCollector:
         # First the flags: the host then prepares the next batch while the device adds this one.
         self.finite.raise_if_any()
         self._launch()
+        self._placement.end_batch()
 
     def clear(self) -> None:
         """Forget what waits."""
         self._waiting = _Operands()
         self.finite.clear()
+        self._placement.clear()
 
     def finish(self) -> None:
         """Give the members of each input group their leader's factor."""
         for state in self._states.values():
             leader = self._states[state.group]
             state.a_sum, state.positions = leader.a_sum, leader.positions
+
+
+def _accumulator(total: Factor | None, sketch: Sketch | None) -> Factor | Tensor | None:
+    """What a pass adds to: the packed sum, or `y` of a sketch."""
+    return total if sketch is None else sketch.y
+
+
+def _usable(total: Any, sketch: Sketch | None) -> Any:
+    """The accumulator again, of what is on the device of it."""
+    return total if sketch is None or total is None else Sketch(sketch.omega, total, sketch.trace)
 
 
 def kept_rows(x: Tensor, batch: Batch) -> Tensor:

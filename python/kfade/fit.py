@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,15 @@ from .layer_curvature import LayerCurvature, new_states
 from .layers import Layer, in_passes, select
 from .loss import Batch, Head, check_batches, idle_batch
 from .models import device_of, model_id, state_dtype
+from .placement import Placement, moved
 from .plan import plan_fit, require_use_of_basis
 from .progress import Progress, return_freed_memory
 from .ranks import Ranks
 from .resume import FitStore
 from .sharding import check_sharding, is_sharded, unwrapped
 from .storage import BASES, BASIS, CORRECTION, FACTORS, STAGES, shapes_of
+
+HOST = torch.device("cpu")
 
 
 def parts_of(batches: Sequence[Batch], share: float | None) -> tuple[list[Batch], list[Batch]]:
@@ -72,6 +76,8 @@ class _Fit:
         basis: states that give A, S and the eigenvectors instead; None where they are fitted.
         decomposes: whether eigenvectors are wanted.
         ranks: who share the fit.
+        placement: where the state lives.
+        leaves: whether finished layers are on a CPU, though they may have lived on a GPU: there are several passes.
     """
 
     model: nn.Module
@@ -84,6 +90,8 @@ class _Fit:
     basis: Mapping[str, LayerCurvature] | None
     decomposes: bool
     ranks: Ranks
+    placement: Placement
+    leaves: bool
 
     def empty(self, layers: Sequence[Layer]) -> dict[str, LayerCurvature]:
         """States without tensors."""
@@ -114,8 +122,18 @@ class _Fit:
         self._next_stage()
         if config.curvature in ("diagonal", "ekfac"):
             self._pass(f"eigenvalues Λ{suffix}", CORRECTION, states, layers, self.mine[1], self._correction, owners)
-        store.release(states)
+        if self.leaves:
+            self._finished(states, tuple(STAGES))
         return states
+
+    def _finished(self, states: Mapping[str, LayerCurvature], stages: Sequence[str]) -> None:
+        """Nothing in this fit uses what these stages left any more: it is mapped from files, or goes to the host."""
+        self.store.release(states, stages)
+        if self.leaves:
+            known: dict[int, Any] = {}
+            for state in states.values():
+                for name, value in moved(state, [n for s in stages for n in STAGES[s]], HOST, known).items():
+                    setattr(state, name, value)
 
     def _next_stage(self) -> None:
         """What a stage has freed is not the next one's peak."""
@@ -150,7 +168,8 @@ class _Fit:
         batches: Iterable[Batch],
         advance: Callable[[int], None],
     ) -> None:
-        factors = FactorCollector(states, state_dtype(self.model), device_of(self.model), self.config.rank)
+        dtype, placement = state_dtype(self.model), self.placement
+        factors = FactorCollector(states, dtype, placement.device, self.config.rank, placement)
         collect_factors(self.head, layers, batches, self.config, factors, advance)
 
     def _correction(
@@ -164,7 +183,8 @@ class _Fit:
             if sample == 0:
                 advance(batch.tokens)
 
-        correction = CorrectionCollector(states, layers, state_dtype(self.model), device_of(self.model))
+        dtype, placement = state_dtype(self.model), self.placement
+        correction = CorrectionCollector(states, layers, dtype, placement.device, placement)
         run_fisher(self.head, layers, batches, self.config, correction, after)
 
     def _decompose(
@@ -182,8 +202,8 @@ class _Fit:
                     stage.advance(1)
                     self.store.put({name: states[name]}, [which])
 
-                decompose_states(states, decomposed, self.config.rank)
-                self.store.release(states, FACTORS)
+                decompose_states(states, decomposed, self.config.rank, self.placement)
+                self._finished(states, FACTORS)
         # What was saved before, every rank has read.
         missing = {x.name: states[x.name] for x in self.store.unfinished(states, layers, BASES)}
         spread_bases(self.ranks, owners, missing, self.config, like)
@@ -199,7 +219,7 @@ class _Fit:
         for name in (layer.name for layer in todo):
             for field in (field for stage in BASIS for field in STAGES[stage]):
                 value = getattr(basis[name], field)
-                setattr(states[name], field, value if value is None else value.to(device_of(self.model)))
+                setattr(states[name], field, value if value is None else value.to(self.placement.home))
         # What the caller holds anyway is not mapped a second time while Λ is summed.
         self.store.put({layer.name: states[layer.name] for layer in todo}, BASIS)
         leave_to_owners(self.ranks, owners, states)
@@ -253,6 +273,12 @@ def fit_among(
         raise ValueError("basis has the layers of one rank alone; save it and load it to have all of them")
     model = unwrapped(model)
     check_sharding(model, ranks.group)
+    placement = Placement.of(config.state_device, device_of(model))
+    if config.state_device is not None and ranks.group is not None:
+        raise ValueError(
+            f"config.state_device is {config.state_device!r} and a group shares the fit, which adds up state where the"
+            " model is; it must be None"
+        )
     if config.device_memory is not None and is_sharded(model):
         raise ValueError(
             f"config.device_memory is {config.device_memory} and the model is sharded, for which there are no plans; it"
@@ -284,9 +310,16 @@ def fit_among(
         kept = stack.enter_context(FitStore(store, config, progress, ranks, idle))
         first, second = (ranks.mine(part, ranks.share(part), idle) for part in parts)
         decomposes = decomposes and config.decomposition == "eigh"
-        fit = _Fit(model, head, config, progress, kept, parts, (first, second), basis, decomposes, ranks)
-        kept.open(model, model_id(model), fit.empty(layers), checked, device_of(model), state_dtype(model), basis)
         passes = in_passes(layers, at_most)
+        leaves = len(passes) > 1 or placement.home == HOST
+        fit = _Fit(
+            *(model, head, config, progress, kept, parts, (first, second), basis, decomposes, ranks, placement, leaves)
+        )
+        kept.open(
+            *(model, model_id(model), fit.empty(layers), checked, placement.device, state_dtype(model), basis),
+            home=placement.home,
+            maps=leaves,
+        )
         for number, part in enumerate(passes, 1):
             owned.append(owners_of(part, ranks.size, config, owned))
             found = fit.run(part, f" {number}/{len(passes)}" if len(passes) > 1 else "", owned[-1])
@@ -322,7 +355,8 @@ def fit(
         progress: where to show progress and record costs.
         store: a directory to save the curvature in as it is fitted. Where the fit is cut off, by whatever, the same
             call goes on with what is there, and ends with the same bits. Ctrl-C then waits for the batch or factor in
-            hand, of every rank. On a CPU the states that are returned are mapped from its files, but for thin bases.
+            hand, of every rank. On a CPU the states that are returned are mapped from its files, but for thin bases;
+            so they are on a GPU where it takes several passes (without a store they are then in host memory).
             With a group it is one directory for all ranks, and as many must go on for the same bits. None saves
             nothing.
         group: the ranks that share the fit; each calls this with the same arguments, all batches among them. None:
@@ -338,7 +372,8 @@ def fit(
     Raises:
         StorageError: `store` holds something else than this fit, or a corrupt file.
         ValueError: `config.device_memory` is less than the fit needs, however its layers are split into passes; or
-            it is not None and the model is sharded; or ranks were given different batches, options or weights.
+            it is not None and the model is sharded; or ranks were given different batches, options or weights;
+            or there is no such device as `config.state_device`, or it is given with a group.
         RankError: another rank of the group failed or has ended.
         Interrupted: a KeyboardInterrupt that says how to go on: Ctrl-C with a `store`, or another rank was interrupted.
         OSError: `store` cannot be written, or its disk is too small; what was finished before is kept.

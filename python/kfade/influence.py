@@ -222,8 +222,7 @@ def solve_rows(state: LayerCurvature, rows: Sequence[Rows], damping: float) -> l
     if state.in_blocks and state.q_out is not None:
         with float32_products():
             gradients = [g.T @ a for g, a in rows]
-        home = state.q_out.device
-        return [state.solve(gradient.to(home), damping).to(gradient.device) for gradient in gradients]
+        return [state.solve(gradient, damping) for gradient in gradients]
     if state.q_out is None:
         scale = state.eigenvalues().to(rows[0][0]) + damping
         with float32_products():

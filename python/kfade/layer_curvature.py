@@ -33,9 +33,14 @@ from kfade_kernels.precision import float32_products
 from torch import Tensor
 
 from .layers import Layer, WeightAndBias
+from .placement import moved
 
 # Elements of the gradients that are solved for in one call: it holds three buffers of that size.
 SOLVED_TOGETHER = 1 << 28
+
+# What a layer is solved with: factors alone, or eigenvectors and eigenvalues.
+_FACTORS = ("a_sum", "s_sum")
+_SPECTRAL = ("q_in", "lambda_in", "q_out", "lambda_out", "lambda_sum")
 
 Factor = PackedSymmetric | PackedBlocks
 Basis = Tensor | BlockBasis
@@ -134,6 +139,21 @@ class LayerCurvature:
         """Whether it is solved with by Cholesky factorisations: there are factors, and nothing was decomposed."""
         return self.a_sum is not None and self.s_sum is not None and self.q_in is None and self.q_out is None
 
+    def on(self, device: torch.device) -> LayerCurvature:
+        """The same layer, with what it is solved and multiplied with on a device; itself where that is there already.
+
+        A copy of eigenvectors and Λ, or of factors where there are no eigenvectors, for as long as it is kept.
+        """
+        names = _FACTORS if self.factors_alone else _SPECTRAL
+        if all(value is None or value.device == device for value in (getattr(self, name) for name in names)):
+            return self
+        return replace(self, **moved(self, names, device, {}))
+
+    @property
+    def solves_together(self) -> bool:
+        """Whether it is solved with in one call with other layers: it has whole eigenvectors."""
+        return self.q_in is not None and self.q_out is not None and not (self.low_rank or self.in_blocks)
+
     @property
     def width_in(self) -> int:
         return self.d_in + int(self.has_bias)
@@ -225,7 +245,10 @@ class LayerCurvature:
         return solve_layers([self], [matrix], [damping])[0]
 
     def product(self, left: Tensor, right: Tensor) -> float:
-        """`leftᵀ F right` for two matrices `[d_out, d_in (+ 1)]`."""
+        """`leftᵀ F right` for two matrices `[d_out, d_in (+ 1)]`, on their device."""
+        here = self.on(left.device)
+        if here is not self:
+            return here.product(left, right)
         if self.low_rank:
             image = low_rank.apply(right, self.output_eigenvectors(), self.input_eigenvectors(), self.eigenvalues())
             return float((left.to(image.dtype) * image).sum(dtype=torch.float64))
@@ -318,10 +341,17 @@ def by_parts(
 def solve_layers(
     layers: Sequence[LayerCurvature], matrices: Sequence[Tensor], dampings: Sequence[float]
 ) -> list[Tensor]:
-    """`(F + λI)⁻¹` of each layer applied to its matrix; layers with eigenvectors go together, a few at a time."""
+    """`(F + λI)⁻¹` of each layer applied to its matrix; layers with eigenvectors go together, a few at a time.
+
+    What lives on another device than a matrix is copied to that of the matrix meanwhile.
+    """
     solved: list[Tensor | None] = [None] * len(layers)
     rotated = []
-    for i, (layer, matrix, damping) in enumerate(zip(layers, matrices, dampings, strict=True)):
+    for i, (given, matrix, damping) in enumerate(zip(layers, matrices, dampings, strict=True)):
+        if given.solves_together:
+            rotated.append(i)
+            continue
+        layer = given.on(matrix.device)
         if layer.low_rank:
             scale = (layer.eigenvalues() + damping).reciprocal_()
             solved[i] = low_rank.apply(matrix, layer.output_eigenvectors(), layer.input_eigenvectors(), scale)
@@ -329,14 +359,12 @@ def solve_layers(
             solved[i] = _factored_solve(layer, matrix, damping)
         elif layer.in_blocks:
             solved[i] = by_parts(layer, matrix, partial(_solve_alike, damping))
-        elif layer.q_out is not None and layer.q_in is not None:
-            rotated.append(i)
         elif layer.lambda_sum is None:
             solved[i] = matrix / (1 + damping)
         else:
             solved[i] = matrix.to(layer.lambda_sum.dtype) / (layer.eigenvalues() + damping)
     for group in _groups(rotated, [matrix.numel() for matrix in matrices]):
-        problems = [_kron_arguments(layers[i], matrices[i], dampings[i]) for i in group]
+        problems = [_kron_arguments(layers[i].on(matrices[i].device), matrices[i], dampings[i]) for i in group]
         for i, solution in zip(
             group, kron_solve(*(list(column) for column in zip(*problems, strict=True))), strict=True
         ):

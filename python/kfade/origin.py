@@ -18,7 +18,7 @@ from .sharding import class_of
 from .storage import BASIS, stage_tensors, stages_of, tensors_sha256
 
 # Options that change how a fit runs and not what it gives.
-_FREE = ("layers_per_pass", "device_memory", "checkpoint_seconds")
+_FREE = ("layers_per_pass", "device_memory", "state_device", "checkpoint_seconds")
 
 
 def weights_and_shape(model: nn.Module) -> dict[str, str]:

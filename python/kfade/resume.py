@@ -133,19 +133,25 @@ class FitStore:
         device: torch.device,
         dtype: torch.dtype,
         basis: Mapping[str, LayerCurvature] | None = None,
+        *,
+        home: torch.device,
+        maps: bool,
     ) -> None:
         """Find what was saved, refuse what is not of this fit, and look whether the rest has room.
 
         Args:
             states: empty ones of all layers of the fit, in its order.
+            device: of the model.
             dtype: of the state.
             basis: states whose factors and eigenvectors are taken.
+            home: where state lives.
+            maps: whether what is only kept is mapped from its files, and not read to `home`.
 
         Raises:
             StorageError: the directory holds something else, or what cannot be read.
             OSError: it cannot be written, is in use, or its disk has too little room.
         """
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._maps = home, dtype, maps
         if self._journal is not None:
             self._journal.open(model, model_id, states, batches, device, dtype, basis)
 
@@ -188,7 +194,7 @@ class FitStore:
         needed = ((name, stage) for name, state in states.items() for stage in journal.required(state))
         done = journal.done.issuperset(needed)
         # What is only kept stays on the disk.
-        device = None if done and self._device.type == "cpu" else self._device
+        device = None if done and self._maps else self._device
         for name, entry in journal.found.items():
             state = states.get(entry["layer"])
             if state is not None and (entry["stage"] in BASES or self._owns(state, entry["stage"])):
@@ -337,9 +343,9 @@ class FitStore:
         self._stop_if_interrupted()
 
     def release(self, states: Mapping[str, LayerCurvature], stages: Sequence[str] = tuple(STAGES)) -> None:
-        """Let what stages left in states, all saved, be mapped from the disk: on a CPU it takes no memory any more."""
+        """Let what stages left in states, all saved, be mapped from the disk: it takes no memory any more."""
         journal = self._journal
-        if journal is None or self._device.type != "cpu":
+        if journal is None:
             return
         journal.wait()
         for name, entry in journal.files.items():

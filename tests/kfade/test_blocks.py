@@ -361,7 +361,7 @@ def test_only_blocks_beyond_memory_are_decomposed_alone() -> None:
     cost = kfade.decomposition._cost
     meta = [PackedBlocks(split(2 * ALONE, limit), device="meta") for limit in (ALONE, ALONE // 2)]
     # A tensor of shapes alone is no CPU's; only the orders are looked at here.
-    assert [cost(total, None)[0] for total in meta] == [2 * ALONE**3, 4 * (ALONE // 2) ** 3]
+    assert [cost(total, None, total.device)[0] for total in meta] == [2 * ALONE**3, 4 * (ALONE // 2) ** 3]
 
 
 def test_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

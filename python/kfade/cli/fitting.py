@@ -26,6 +26,7 @@ def fit(
     seed: opt.Seed = opt.FIT.seed,
     layers_per_pass: opt.LayersPerPass = opt.FIT.layers_per_pass,
     device_memory: opt.DeviceMemory = opt.FIT.device_memory,
+    state_device: opt.StateDevice = opt.FIT.state_device,
     autocast: opt.Autocast = opt.FIT.autocast,
     temperature: opt.Temperature = opt.FIT.temperature,
     rank: opt.Rank = opt.FIT.rank,
@@ -126,6 +127,7 @@ def plan(
     samples: opt.Samples = opt.FIT.samples,
     layers_per_pass: opt.LayersPerPass = opt.FIT.layers_per_pass,
     device_memory: opt.DeviceMemory = opt.FIT.device_memory,
+    state_device: opt.StateDevice = opt.FIT.state_device,
     autocast: opt.Autocast = opt.FIT.autocast,
     rank: opt.Rank = opt.FIT.rank,
     max_factor_order: opt.MaxFactorOrder = opt.FIT.max_factor_order,
@@ -161,8 +163,8 @@ def plan(
 
     options = FitConfig(
         curvature=curvature, fisher=fisher, modules=modules, samples=samples, layers_per_pass=layers_per_pass,
-        device_memory=device_memory, autocast=autocast, rank=rank, max_factor_order=max_factor_order,
-        decomposition=decomposition, basis_share=basis_share,
+        device_memory=device_memory, state_device=state_device, autocast=autocast, rank=rank,
+        max_factor_order=max_factor_order, decomposition=decomposition, basis_share=basis_share,
     )  # fmt: skip
     start_progress(quiet)
     found = plan_of(

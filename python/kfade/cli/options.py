@@ -182,6 +182,15 @@ DeviceMemory = Annotated[
         rich_help_panel=CURVATURE,
     ),
 ]
+StateDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--state-device",
+        help="Where curvature lives until a batch comes to its layer: cpu (host memory), cuda or cuda:N (another GPU).",
+        show_default="the model's device",
+        rich_help_panel=CURVATURE,
+    ),
+]
 Autocast = Annotated[str, typer.Option("--autocast", help="off, bfloat16 or float16.", rich_help_panel=CURVATURE)]
 Temperature = Annotated[
     float,

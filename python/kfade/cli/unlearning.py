@@ -46,6 +46,7 @@ def unlearn(
     seed: opt.Seed = opt.UNLEARN.fit.seed,
     layers_per_pass: opt.LayersPerPass = opt.UNLEARN.fit.layers_per_pass,
     device_memory: opt.DeviceMemory = opt.UNLEARN.fit.device_memory,
+    state_device: opt.StateDevice = opt.UNLEARN.fit.state_device,
     autocast: opt.Autocast = opt.UNLEARN.fit.autocast,
     temperature: opt.Temperature = opt.UNLEARN.fit.temperature,
     rank: opt.Rank = opt.UNLEARN.fit.rank,
