@@ -117,9 +117,50 @@ def table(name: str, found: list[Plan]) -> str:
     return "\n".join(lines)
 
 
+# Sequences a batch, and whether blocks are recomputed.
+BATCHES = ((8, False), (16, False), (8, True), (16, True), (32, True), (64, True))
+
+
+def homes(size: int, checkpointed: bool) -> list[Plan]:
+    """Full factors of Qwen2.5-7B on one H100, in batches of so many: state there, in host memory, on another H100."""
+    model, rates = outline_model(MODELS["Qwen2.5-7B"], "bfloat16"), TABLE["H100"]
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    simulated = simulate(model, select(model, FitConfig().modules), size, LENGTH)
+    load = Workload(SEQUENCES * LENGTH, SEQUENCES, -(-SEQUENCES // size), size, LENGTH)
+    return [
+        plan_model(
+            model, "Qwen2.5-7B", load, FitConfig(state_device=home), rates, limit=rates.memory, simulated=simulated
+        )
+        for home in (None, "cpu", "cuda:1")
+    ]  # fmt: skip
+
+
+def table_of_homes() -> str:
+    """Peak, passes and seconds of each, and seconds of moving."""
+    lines = [
+        "### Qwen2.5-7B in full on one H100, state elsewhere, simulated",
+        "",
+        "Seconds of the whole fit, and in brackets those that A and S, and Λ, take to move:",
+        "",
+        "| sequences a batch | passes | seconds | peak with one pass | state in host memory | state on other H100s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size, checkpointed in BATCHES:
+        here, host, peer = homes(size, checkpointed)
+        cells = []
+        for plan in (host, peer):
+            moving = [f"{plan.stage(name).moving_seconds:.0f}" for name in ("factors", "correction")]
+            cells.append(f"{plan.seconds:,.0f} ({', '.join(moving)})")
+        what = f"{size}, blocks recomputed" if checkpointed else f"{size}"
+        peak = f"{host.peak_bytes / 2**30:.0f} GiB"
+        lines.append(f"| {what} | {here.passes} | {here.seconds:,.0f} | {peak} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tables() -> str:
     """All of them."""
-    return "\n\n".join(table(name, plans(name)) for name in MODELS)
+    return "\n\n".join([*(table(name, plans(name)) for name in MODELS), table_of_homes()])
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -38,6 +39,7 @@ class Rates:
         eigh_double: how many times longer the cubic term is in float64.
         disk: bytes/s written.
         link, network: bytes/s to the other devices of a machine of eight, and to other machines.
+        host: bytes/s to host memory, and as many from it at once; a CPU's own memory is no link away.
         source: where the rates come from.
         threads: that decompose a factor each, at once.
     """
@@ -58,6 +60,7 @@ class Rates:
     network: float
     source: str
     threads: int = 1
+    host: float = math.inf
 
     def products(self, dtype: torch.dtype) -> float:
         """FLOP/s of products of operands of a dtype."""
@@ -80,7 +83,7 @@ _ASSUMED = (
 )
 
 
-def _gpu(device: Device, memory: float, double: float, link: float) -> Rates:
+def _gpu(device: Device, memory: float, double: float, link: float, host: float) -> Rates:
     share = attainable(device)
     return Rates(
         name=device.name, kind="cuda", memory=memory * GIB, process=0.6 * GIB,
@@ -88,6 +91,7 @@ def _gpu(device: Device, memory: float, double: float, link: float) -> Rates:
         bandwidth=share * device.bandwidth,
         eigh_cubic=EIGH_CUBIC / 2 * H100.bandwidth / device.bandwidth, eigh_square=EIGH_SQUARE, eigh_double=2.0,
         disk=2e9, link=share * link, network=share * 50e9, source=_ASSUMED,
+        host=share * host,
     )  # fmt: skip
 
 
@@ -96,15 +100,17 @@ _L40S = replace(
     A100, name="L40S", architecture="sm_89", multiprocessors=142, bf16_flops=362e12, tf32_flops=183e12,
     float32_flops=91.6e12, bandwidth=0.864e12, l2_bytes=96 << 20,
 )  # fmt: skip
-# Memory as the driver shows it (GiB), float64 peak (FLOP/s), NVLink or PCIe in one direction (bytes/s).
+# Memory as the driver shows it (GiB), float64 peak (FLOP/s), NVLink or PCIe in one direction (bytes/s), and PCIe to the
+# host in one direction: generation 4 or 5 with 16 lanes, of which NVIDIA's data sheets name both directions together
+# (64 and 128 GB/s).
 TABLE = {
     rates.name: rates
     for rates in (
-        _gpu(A100, 79, 19.5e12, 300e9),
-        _gpu(H100, 79, 67e12, 450e9),
-        _gpu(H200, 140, 67e12, 450e9),
-        _gpu(B200, 178, 40e12, 900e9),
-        _gpu(_L40S, 44, 1.4e12, 32e9),
+        _gpu(A100, 79, 19.5e12, 300e9, 32e9),
+        _gpu(H100, 79, 67e12, 450e9, 64e9),
+        _gpu(H200, 140, 67e12, 450e9, 64e9),
+        _gpu(B200, 178, 40e12, 900e9, 64e9),
+        _gpu(_L40S, 44, 1.4e12, 32e9, 32e9),
     )
 }
 

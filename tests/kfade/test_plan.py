@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from kfade_kernels.rotation import rotates_tokens
 from models import batch, hand_made, tiny
 from pages import run_examples
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from kfade.cli import app
 from kfade.layers import select
 from kfade.loss import check_batches
 from kfade.plan import Plan, Workload, plan, plan_fit, plan_model
+from kfade.plan.text import tables
 from kfade.progress import StageCost
 from kfade.rates import GIB, TABLE, UNTIMED, Rates, calibrate, resident_part
 from kfade.simulation import simulate
@@ -582,6 +584,61 @@ def test_rates_of_eigh_give_the_published_times() -> None:
     for layers, width, inner, seconds in ((24, 896, 4864, 32), (28, 1536, 8960, 137), (28, 3584, 18944, 810)):
         found = layers * 3 * (rates.eigh(width, torch.float64) + rates.eigh(inner, torch.float64))
         assert found == pytest.approx(seconds, rel=0.03)
+
+
+# ---- state that lives elsewhere
+
+AWAY = replace(ROUND, kind="cuda", memory=1e12, host=1e6, link=1e7)
+
+
+def test_state_elsewhere_is_moved_batch_by_batch(config_file: Path) -> None:
+    """Of two blocks, by hand: gate and up share an input, which is rotated once if tokens are."""
+    tokens, length, batches = 4096, 64, 4096 // 64 // 8
+    near = plan(config_file, tokens, length, rates=AWAY)
+    sums = 2 * 4 * (2 * packed(WIDTH) + 3 * packed(INNER))
+    outputs, inputs = 2 * 4 * (WIDTH**2 + 2 * INNER**2), 2 * 4 * (2 * WIDTH**2 + INNER**2)
+    if rotates_tokens(length, 2 * INNER):
+        inputs -= 2 * 4 * WIDTH**2
+    values = 2 * 3 * 4 * WIDTH * INNER
+    for home, rate, where in (("cpu", 1e6, "host"), ("cuda:1", 1e7, "peer")):
+        found = plan(config_file, tokens, length, kfade.FitConfig(state_device=home), rates=AWAY)
+        assert found.passes == 1 and found.stage("forward and backward") == near.stage("forward and backward")
+        factors, correction = found.stage("factors"), found.stage("correction")
+        assert (factors.fetched_bytes, factors.returned_bytes) == (batches * sums, batches * sums)
+        assert factors.moving_seconds == pytest.approx(batches * sums / rate)
+        assert correction.returned_bytes == batches * values
+        assert correction.fetched_bytes == batches * (outputs + inputs + values)
+        for stage in (factors, correction):
+            # Backward hides some of it.
+            least = stage.moving_seconds - near.stage("forward and backward").seconds / 2
+            assert stage.seconds >= max(near.stage(stage.name).seconds, least)
+            assert stage.seconds < near.stage(stage.name).seconds + stage.moving_seconds
+        assert {place.what for place in found.places if place.where == where} == {
+            "accumulators of a pass, packed", "eigenvectors of a pass", "Λ of a pass"
+        }  # fmt: skip
+        memory = {m.stage: m for m in found.memory}
+        assert memory["factors A, S"].accumulators == 3 * 4 * (packed(WIDTH) + packed(INNER))
+        assert memory["eigenvalues Λ"].eigenvectors == 3 * 4 * (WIDTH**2 + INNER**2)
+        assert memory["eigenvalues Λ"].eigenvalues == 3 * 4 * WIDTH * INNER
+        assert memory["eigenvalues Λ"].accumulators == memory["eigenvalues Λ"].finished == 0
+        assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
+        assert "State that comes to the device and goes back" in [title for title, _, _ in tables(found)]
+    assert "State that comes" not in str(tables(near))
+
+
+def test_a_link_that_is_fast_enough_costs_nothing(config_file: Path) -> None:
+    fast = replace(AWAY, host=1e30)
+    near = plan(config_file, 4096, 64, rates=fast)
+    found = plan(config_file, 4096, 64, kfade.FitConfig(state_device="cpu"), rates=fast)
+    assert found.seconds == pytest.approx(near.seconds, rel=1e-12)
+
+
+def test_state_of_a_cpu_is_at_home(config_file: Path) -> None:
+    assert planned(config_file, state_device="cpu") == planned(config_file)
+    with pytest.raises(ValueError, match="state_device is 'cuda' and the device is a CPU; it must be 'cpu'"):
+        planned(config_file, state_device="cuda")
+    with pytest.raises(ValueError, match="state_device is 'cpu' and devices is 2, which share the fit"):
+        plan(config_file, 4096, 64, kfade.FitConfig(state_device="cpu"), rates=AWAY, devices=2)
 
 
 # ---- the page

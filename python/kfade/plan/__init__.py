@@ -111,11 +111,22 @@ def plan_model(
         basis: where the basis of an earlier fit is; None where A, S and eigenvectors are fitted.
 
     Raises:
-        ValueError: the selection matches nothing, or the configuration has no use for a basis.
+        ValueError: the selection matches nothing; or the configuration has no use for a basis, or has a `state_device`
+            with several devices, or of a GPU beside a CPU.
         UnsupportedLayerError: a layer cannot be handled, or what the model does depends on its data.
     """
     if basis is not None:
         require_use_of_basis(config)
+    if config.state_device is not None:
+        if devices > 1:
+            raise ValueError(
+                f"config.state_device is {config.state_device!r} and devices is {devices}, which share the fit; it must"
+                " be None"
+            )
+        if rates.kind == "cpu" and config.state_device != "cpu":
+            raise ValueError(
+                f"config.state_device is {config.state_device!r} and the device is a CPU; it must be 'cpu'"
+            )
     layers, foot = simulated or simulate(
         model, select(model, config.modules), load.size, load.length, config.autocast, config.samples
     )
@@ -234,8 +245,6 @@ def plan_fit(
     given = None if basis is None else _basis_now(basis, device, stored)
     taken -= _weights(model)[1] + (0 if given is None else given.resident)
     now = replace(rates, kind=device.type, process=max(0.0, taken), threads=threads)
-    # On a GPU finished layers stay there: a curvature that is mapped from files is on the CPU.
-    stored = stored and device.type == "cpu"
     found = plan_model(model, name, Workload.of(batches), config, now, limit=limit, stored=stored, basis=given)
     if not found.fits:
         advice = (

@@ -23,6 +23,8 @@ class StagePlan:
         seconds: estimated.
         disk_bytes: written to disk.
         sent_bytes: sent to other devices.
+        fetched_bytes, returned_bytes: of state that lives elsewhere, brought to the device and taken back.
+        moving_seconds: that this takes, both ways at once, beside what is computed: `seconds` has what is left of it.
     """
 
     name: str
@@ -32,6 +34,9 @@ class StagePlan:
     seconds: float
     disk_bytes: float = 0.0
     sent_bytes: float = 0.0
+    fetched_bytes: float = 0.0
+    returned_bytes: float = 0.0
+    moving_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Place:
 
     Attributes:
         what: is kept.
-        where: `device`, `host`, `disk`.
+        where: `device`, `host`, `peer` (another GPU), `disk`.
         bytes: of it.
         until: when it leaves.
     """

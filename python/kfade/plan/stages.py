@@ -8,8 +8,8 @@ float64 model).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from kfade_kernels import cost
@@ -27,6 +27,7 @@ from ..decomposition import ALONE
 from ..factors import OVERSAMPLING, WAITING_BYTES
 from ..layers import Layer
 from ..loss import Batch
+from ..placement import SLOTS
 from ..rates import Rates
 from ..simulation import Footprint
 from .result import MemoryPlan, StagePlan
@@ -196,6 +197,9 @@ class Model:
         self.saved = stored
         # A CPU copies thin bases from files: how products with them round depends on where in memory they lie.
         self.stored = stored and (config.rank is None or not self.on_cpu)
+        # Where state lives that is elsewhere than the device: in host memory, or on another GPU.
+        kind = None if config.state_device is None or self.on_cpu else config.state_device.partition(":")[0]
+        self.away = None if kind is None else "host" if kind == "cpu" else "peer"
         self.sharded = devices > 1 and weights > rates.memory / 4
         gathered = 2.0 * weights / blocks if self.sharded and blocks else 0.0
         copies = foot.rows[1] * vocabulary * self.compute.itemsize if self._copies_projection() else 0
@@ -256,6 +260,8 @@ class Model:
         skinny = self.itemsize * (rows + max(layer.d_out, layer.width_in)) * sketched if thin else 0
         if not self.on_cpu:
             blocks = GPU_PANELS * PANEL_ROWS * max(layer.d_out, layer.width_in) * 4
+            if self.away:
+                return float(rows * widths * item + max(blocks, skinny))
             waiting = sum(x.d_out + (x.d_in if x.leads else 0) for x in self.layers) * rows * item
             return float(min(waiting, WAITING_BYTES + rows * widths * item) + max(blocks, skinny))
         copied = widths * rows * item if self.load.padded else 0
@@ -316,7 +322,7 @@ class Model:
         finished, done = 0.0, list[Layer]()
         for part in passes:
             done += part
-            for plan in self._pass_memory(part, finished, done):
+            for plan in self._pass_memory(part, finished, done, len(passes)):
                 if plan.stage not in found or plan.total > found[plan.stage].total:
                     found[plan.stage] = plan
             finished += self._finished(part)
@@ -324,14 +330,27 @@ class Model:
 
     def _finished(self, part: Sequence[Layer]) -> float:
         """What layers that are done keep in memory."""
-        if self.stored:
+        # They always leave a GPU.
+        if self.stored or not self.on_cpu:
             return 0.0
         if self.basis is not None and not (self.basis.copied or self.saved):
             return self.eigenvalues(part)
         return self.state_bytes(part)
 
-    def _pass_memory(self, part: Sequence[Layer], finished: float, done: Sequence[Layer]) -> list[MemoryPlan]:
-        """Of one pass, after which the layers `done` are finished."""
+    def _most(self, sizes: Callable[[Sequence[Layer]], float], part: Sequence[Layer]) -> float:
+        """Bytes on the device at once of what layers of a pass have: all, or of some if they live elsewhere."""
+        return SLOTS * max(sizes([x]) for x in part) if self.away else sizes(part)
+
+    def _basis_in_use(self, layers: Sequence[Layer]) -> float:
+        """Eigenvectors of both sides of each layer, shared or not."""
+        if not self.decomposes:
+            return 0.0
+        return float(sum(self.output[x.name].eigenvectors + self.input[x.group].eigenvectors for x in layers))
+
+    def _pass_memory(
+        self, part: Sequence[Layer], finished: float, done: Sequence[Layer], passes: int
+    ) -> list[MemoryPlan]:
+        """Of one of some passes, after which the layers `done` are finished."""
         base = (self.rates.process, self.weights, finished)
         after, peak, alive = self._activations(part)
         outputs = {g: sum(x.d_out for x in part if x.group == g) for g in {x.group for x in part}}
@@ -340,17 +359,23 @@ class Model:
         if self.fits_factors:
             inside = {x.name: self._factor_bytes(x) for x in part}
             live, work = self._data_peak(after, peak, alive, inside)
-            plans.append(MemoryPlan("factors A, S", *base, sums, 0.0, 0.0, live, work))
+            here = self._most(self.accumulators, part)
+            plans.append(MemoryPlan("factors A, S", *base, here, 0.0, 0.0, live, work))
             if self.decomposes:
                 plans.append(self._decomposition(part, base))
         if self.has_correction:
             inside = {x.name: self._correction_bytes(x, outputs[x.group]) for x in part}
             live, work = self._data_peak(after, peak, alive, inside)
             pairs = self.eigenvectors(part) if self.compute == torch.bfloat16 and self.itemsize == 4 else 0.0
-            kept = 0.0 if self.stored else sums
+            kept = 0.0 if self.stored or (passes > 1 and not self.on_cpu) else sums
             if self.basis is not None:
                 kept, vectors = self._basis_memory(part, done)
-            plans.append(MemoryPlan("eigenvalues Λ", *base, kept, vectors + pairs, self.eigenvalues(part), live, work))
+            if self.away:
+                # Pairs are made of what is there, for one layer.
+                pairs = max(self._basis_in_use([x]) for x in part) if pairs else 0.0
+                kept, vectors = 0.0, self._most(self._basis_in_use, part)
+            values = self._most(self.eigenvalues, part)
+            plans.append(MemoryPlan("eigenvalues Λ", *base, kept, vectors + pairs, values, live, work))
         return plans
 
     def _basis_memory(self, part: Sequence[Layer], done: Sequence[Layer]) -> tuple[float, float]:
@@ -379,6 +404,8 @@ class Model:
         for i, side in enumerate(sides):
             at_once = 1 if max(side.blocks) >= ALONE else self.rates.threads
             work = float(sum(s.decompose_bytes for s in sides[i : i + at_once]))
+            if self.away:
+                sums, vectors = side.accumulator, 0.0
             moment = MemoryPlan("eigendecomposition", *base, sums, vectors, 0.0, 0.0, work)
             if best is None or moment.total > best.total:
                 best = moment
@@ -433,8 +460,7 @@ class Model:
 
     def _model_stage(self, runs: int) -> StagePlan:
         foot, samples = self.foot, self.config.samples
-        rows, width = foot.rows
-        loss = 4.0 * rows * width * self.vocabulary if foot.projects else 0.0
+        loss = self._loss_flops
         flops = foot.forward_flops + samples * (foot.backward_flops + loss)
         moved = foot.forward_bytes + samples * foot.backward_bytes
         weights = 2.0 * self.whole_weights / (self.devices if self.sharded else 1)
@@ -458,7 +484,35 @@ class Model:
                 f = times * side.fill_flops(tokens)
                 m = times * (tokens * side.order * item + 2.0 * side.accumulator * share)
                 flops, moved, seconds = flops + f, moved + m, seconds + self._seconds(f, m, self.compute)
-        return StagePlan("factors", runs, flops, moved, seconds)
+        # Inputs are added for one label sample.
+        sums = self.accumulators(self.layers) + (samples - 1) * sum(x.accumulator for x in self.output.values())
+        return self._moving(StagePlan("factors", runs, flops, moved, seconds), sums, sums, share)
+
+    def _moving(self, stage: StagePlan, fetched: float, returned: float, batches: float) -> StagePlan:
+        """A stage whose state, in bytes a batch, may live elsewhere: it moves beside backward and other layers."""
+        if not self.away:
+            return stage
+        fetched, returned = fetched * batches, returned * batches
+        moving = max(fetched, returned) / self._home_rate
+        seconds = max(stage.seconds, moving - batches * self._backward_seconds())
+        return replace(
+            stage, seconds=seconds, fetched_bytes=fetched, returned_bytes=returned, moving_seconds=moving
+        )  # fmt: skip
+
+    @property
+    def _home_rate(self) -> float:
+        return self.rates.host if self.away == "host" else self.rates.link
+
+    @property
+    def _loss_flops(self) -> float:
+        rows, width = self.foot.rows
+        return 4.0 * rows * width * self.vocabulary if self.foot.projects else 0.0
+
+    def _backward_seconds(self) -> float:
+        """Of one batch through the model: products, then what streams through memory."""
+        foot, samples = self.foot, self.config.samples
+        flops, moved = samples * (foot.backward_flops + self._loss_flops), samples * foot.backward_bytes
+        return flops / self.rates.products(self.compute) + moved / self.rates.bandwidth
 
     def _decomposition_stage(self, runs: int) -> StagePlan:
         sides = [*self.input.values(), *self.output.values()]
@@ -471,7 +525,15 @@ class Model:
         for time in times:
             i = busy.index(min(busy))
             busy[i] += time
-        return StagePlan("decomposition", runs, flops / self.devices, moved / self.devices, max(busy))
+        stage = StagePlan("decomposition", runs, flops / self.devices, moved / self.devices, max(busy))
+        if not self.away:
+            return stage
+        # One factor after the other, and nothing beside it.
+        fetched, returned = self.accumulators(self.layers), self.eigenvectors(self.layers)
+        moving = (fetched + returned) / self._home_rate
+        return replace(
+            stage, seconds=stage.seconds + moving, fetched_bytes=fetched, returned_bytes=returned, moving_seconds=moving
+        )
 
     def _correction_stage(self, runs: int) -> StagePlan:
         times = self.correction_share * self._share * self.config.samples
@@ -482,7 +544,20 @@ class Model:
             self._seconds(part.flops * (2 if part.precision == cost.PAIR else 1), part.bytes, self._dtype(part))
             for part in parts
         )
-        return StagePlan("correction", runs, times * flops, times * moved, times * seconds)
+        stage = StagePlan("correction", runs, times * flops, times * moved, times * seconds)
+        values = self.eigenvalues(self.layers)
+        return self._moving(stage, self._fetched_basis() + values, values, times)
+
+    def _fetched_basis(self) -> float:
+        """Bytes of eigenvectors that come to the device a batch: of a shared input that is rotated, once."""
+        outputs = {g: sum(x.d_out for x in self.layers if x.group == g) for g in self.input}
+        total = 0.0 if not self.decomposes else float(sum(side.eigenvectors for side in self.output.values()))
+        for x in self.layers if self.decomposes else ():
+            into, out = self.input[x.group], self.output[x.name]
+            by_tokens = len(into.blocks) > 1 or rotates_tokens(self.load.length, outputs[x.group])
+            shared = by_tokens and not (into.thin or out.thin)
+            total += into.eigenvectors if x.leads or not shared else 0.0
+        return total
 
     def _dtype(self, part: cost.Part) -> torch.dtype:
         return self.compute if part.precision in (cost.PAIR, cost.SIXTEEN_BIT) else self.state

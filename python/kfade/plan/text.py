@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from ..layers import Layer, in_passes
+from ..placement import SLOTS
 from ..progress import seconds_text
 from ..rates import GIB
 from .result import Beside, MemoryPlan, Place, Plan
 from .stages import EIGH_MATRICES, Model, highest
+
+_AWAY = {"host": "in host memory", "peer": "on another GPU"}
 
 
 def gib(size: float) -> str:
@@ -52,7 +55,13 @@ def reasons(model: Model, at_most: int | None, memory: list[MemoryPlan], limit: 
             f" {moments if model.fits_factors else 'at the end of its pass'}."
         )
     elif len(passes) > 1:
-        found.append("Finished layers stay in memory, because the fit has no directory to save them in as it goes.")
+        stay = "stay in memory" if model.on_cpu else "go to host memory"
+        found.append(f"Finished layers {stay}, because the fit has no directory to save them in as it goes.")
+    if model.away:
+        found.append(
+            f"State lives {_AWAY[model.away]}: {gib(model.state_bytes(model.layers))}. On the device are"
+            f" {SLOTS} layers' at once, however many layers there are."
+        )
     if limit is not None and peak > limit:
         found.append(f"It does not fit: at least {gib(peak)} are needed on each device, and there are {gib(limit)}.")
     if model.sharded:
@@ -73,10 +82,11 @@ def reasons(model: Model, at_most: int | None, memory: list[MemoryPlan], limit: 
 
 
 def places(model: Model, passes: Sequence[Sequence[Layer]]) -> list[Place]:
-    where = "host" if model.on_cpu else "device"
+    here = "host" if model.on_cpu else "device"
+    where = model.away or here
     widest = max(passes, key=model.state_bytes) if passes else []
     stays = "the end of their pass, then disk" if model.stored else "the end"
-    found = [Place("weights", where, model.weights, "the end")]
+    found = [Place("weights", here, model.weights, "the end")]
     if model.basis is not None:
         size = model.basis_bytes(widest if model.basis.copied else model.layers)
         found.append(Place("A, S and eigenvectors of the basis", where, size, "the end"))
@@ -88,7 +98,7 @@ def places(model: Model, passes: Sequence[Sequence[Layer]]) -> list[Place]:
     if model.has_correction:
         found.append(Place("Λ of a pass", where, model.eigenvalues(widest), stays))
     if len(passes) > 1 and not model.stored:
-        found.append(Place("finished layers", where, model.state_bytes(model.layers), "the end"))
+        found.append(Place("finished layers", "host", model.state_bytes(model.layers), "the end"))
     found.append(Place("the saved curvature", "disk", model.state_bytes(model.layers), "for good"))
     return found
 
@@ -108,7 +118,18 @@ def assumptions(model: Model) -> list[str]:
     if model.fits_factors and rates.threads > 1:
         found.append(f"{rates.threads} factors are decomposed at once, one thread each")
     if not model.on_cpu and model.stored:
-        found.append("simulated: finished layers leave the GPU for disk; for now a fit does that on a CPU only")
+        found.append("finished layers leave the GPU for disk, or the host: no fit has been seen to do so on a GPU")
+    if model.away:
+        link = rates.host if model.away == "host" else rates.link
+        found.append(
+            f"simulated, and never run on a GPU: state moves at {link / 1e9:.0f} GB/s each way, both ways at once,"
+            " beside backward and what is computed with it; "
+            + (
+                "in page-locked memory, of which PyTorch gives each tensor the next power of two"
+                if model.away == "host"
+                else "the other GPU does nothing else, and has the room"
+            )
+        )
     if model.devices > 1:
         found.append(
             "simulated: more than one device is not implemented yet. Data are split evenly; triangles are reduced to"
@@ -140,6 +161,18 @@ def tables(value: Plan) -> list[tuple[str, list[str], list[list[str]]]]:
         ]
         for s in value.stages
     ]
+    batches = value.sequences / value.batch_size
+    moving = [
+        [
+            s.name,
+            f"{gib(s.fetched_bytes / batches)} and {gib(s.returned_bytes / batches)}",
+            gib(s.fetched_bytes + s.returned_bytes),
+            seconds_text(s.moving_seconds),
+            seconds_text(s.seconds),
+        ]
+        for s in value.stages
+        if s.moving_seconds
+    ]
     names = [f.name for f in fields(MemoryPlan) if f.name != "stage"]
     memory = [[name, *(f"{getattr(m, name) / GIB:.2f}" for m in value.memory)] for name in (*names, "total")]
     places = [[p.what, p.where, gib(p.bytes), p.until] for p in value.places]
@@ -151,6 +184,17 @@ def tables(value: Plan) -> list[tuple[str, list[str], list[list[str]]]]:
     each = " a device" if value.devices > 1 else ""
     return [
         (title, ["stage", "runs", f"TFLOP{each}", f"memory moved{each}", "to disk", "time"], stages),
+        *(
+            [
+                (
+                    "State that comes to the device and goes back",
+                    ["stage", "a batch, each way", "in all", "time of moving", "time of the stage, backward taken off"],
+                    moving,
+                )
+            ]
+            if moving
+            else []
+        ),
         (f"Memory at the peak of each stage{each}, GiB", ["", *(m.stage for m in value.memory)], memory),
         ("What is kept where", ["", "where", "size", "until"], places),
         ("Why", [""], [[reason] for reason in value.reasons]),
