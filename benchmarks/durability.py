@@ -26,13 +26,13 @@ from records import append
 import kfade
 from kfade import UnlearnConfig
 from kfade.baselines import TrainConfig, finetune
+from kfade.batches import as_batches, split_holdout
 from kfade.data import Record, make_batches
 from kfade.demo import CONFIG, FIT_BATCH, load_data
 from kfade.durability import Probe, RelearnPoint, draw_relearning, quantised, relearn
 from kfade.evaluate import generations, references, share_found
 from kfade.loss import check_batches
 from kfade.models import demo_model, load_model
-from kfade.unlearn import as_batches, split_holdout
 
 FIGURE = Path(__file__).parent.parent / "docs" / "durability.svg"
 PARTS = ("questions", "quantisation", "reapply", "relearn")

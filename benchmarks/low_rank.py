@@ -28,6 +28,7 @@ from records import RESULTS, append
 from torch import Tensor, nn
 
 import kfade
+from kfade.batches import as_batches, split_holdout
 from kfade.capture import deterministic_mode, frozen, graph_from_embeddings, trace
 from kfade.correction import CorrectionCollector
 from kfade.data import make_batches
@@ -40,7 +41,6 @@ from kfade.layer_curvature import new_states
 from kfade.layers import Layer, select
 from kfade.loss import Batch, Head, check_batches
 from kfade.models import demo_model, load_model
-from kfade.unlearn import as_batches, split_holdout
 
 COLUMNS = (
     "part", "case", "curvature", "rank", "solve_error", "solve_error_exact_basis", "flops_predicted",

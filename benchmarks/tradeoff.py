@@ -20,12 +20,12 @@ from typing import Any
 from records import append
 
 import kfade
+from kfade.batches import as_batches, split_holdout
 from kfade.data import LOSSES, make_batches
 from kfade.demo import BATCH, FIT_BATCH, NEW_TOKENS, load_data
 from kfade.evaluate import generations, references, scores, share_found
 from kfade.loss import check_batches
 from kfade.models import demo_model, device_of, load_model
-from kfade.unlearn import as_batches, split_holdout
 
 CURVATURES = ("identity", "diagonal", "kfac", "ekfac")
 

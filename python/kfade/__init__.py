@@ -13,10 +13,11 @@ from .laplace import Laplace, LogitVariance
 from .layer_curvature import LayerCurvature
 from .layers import WeightAndBias
 from .operators import CurvatureOperator
+from .outcome import Outcome, Step, UnlearnReport
 from .plan import Plan, plan
 from .progress import Progress
 from .training import FactorTracker
-from .unlearn import Outcome, Step, UnlearnReport, unlearn
+from .unlearn import unlearn
 from .update import Update
 
 __version__ = "0.1.0"

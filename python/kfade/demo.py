@@ -10,9 +10,10 @@ from .config import UnlearnConfig
 from .data import Record, make_batches, read_jsonl
 from .evaluate import Evaluation, Generation, generations, references, scores, share_found
 from .models import demo_model, load_model
+from .outcome import UnlearnReport
 from .progress import Progress
 from .report import Comparison, spread, write_report
-from .unlearn import UnlearnReport, unlearn
+from .unlearn import unlearn
 from .update import Update
 
 CONFIG = UnlearnConfig(kl_budget=0.002)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines import TrainConfig, finetune, trained_parameters
+from .batches import as_batches
 from .config import ReapplyConfig, _integer
 from .errors import NonFiniteError
 from .evaluate import References, references, scores
@@ -28,7 +29,7 @@ from .layers import select
 from .loss import check_batches
 from .models import device_of
 from .progress import Progress
-from .unlearn import as_batches, search_step_size
+from .step_size import search_step_size
 from .update import Update
 
 # Inputs that share a scale: a whole output channel at 8 bits, groups of 64 at 4, as in common practice.

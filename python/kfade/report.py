@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import Evaluation, Generation
+from .outcome import Outcome, Step, UnlearnReport
 from .progress import StageCost, seconds_text
 from .storage import write_text
-from .unlearn import Outcome, Step, UnlearnReport
 
 FORMAT = "kfade-report"
 VERSION = 1

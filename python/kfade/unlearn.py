@@ -17,34 +17,32 @@ Steps of merely predicted size diverge.
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .capture import deterministic_mode, trained
+from .batches import as_batches, cycled, enough, split_holdout, spread
+from .capture import deterministic_mode
 from .config import UnlearnConfig, to_dict
 from .curvature import Curvature
 from .distributed import ShardedCurvature, layer_owners, made_from
 from .fit import fit_among
-from .layers import Layer, select
-from .linearise import Matrices, add_gauss_newton_products, conjugate_gradients, dot, gradient_matrices
-from .loss import Batch, Head, Ignorance, check_batches, idle_batch, require_finite
-from .models import device_of, model_id, state_dtype
-from .progress import Progress, Stage, StageCost
-from .ranks import Ranks, Shares
-from .sharding import check_sharding, gradient_divisor, is_sharded, placed_like, reshard, shard_of, unwrapped
+from .layers import select
+from .linearise import Matrices, conjugate_gradients, dot
+from .loss import Batch, Head, Ignorance, check_batches, require_finite
+from .models import device_of, model_id
+from .moved import MovedModel, Part
+from .outcome import Outcome, Step, Trial, UnlearnReport
+from .progress import Progress, Stage
+from .ranks import Ranks
+from .sharding import check_sharding, is_sharded, placed_like, unwrapped
+from .step_size import search_step_size
 from .update import Update
 
-# A weight, batches, and what gives the gradient of their summed loss on rows.
-_Part = tuple[float, Sequence[Batch], Callable[[Tensor, Batch], Tensor]]
 # Looks at the state on the way: after the first step and so often, each at so many held-out and forget sequences.
 LOOKS = 8
 GLANCE = 32
@@ -54,252 +52,6 @@ GLANCE = 32
 OFF = 4.0
 PULL = (0.5, 4.0)
 PULLS = 16
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One measurement of the search for a scale."""
-
-    eta: float
-    predicted_kl: float
-    measured_kl: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """The state after some steps, looked at on a few batches.
-
-    Attributes:
-        number: of steps taken.
-        eta: size of the last of them.
-        predicted_kl: `½ Δᵀ F Δ` of the whole change, nats a token.
-        measured_kl: KL to the original model on held-out retain sequences, nats a token.
-        forget_nll, retain_nll: token means; retain on the held-out sequences.
-        refitted: how often the curvature was fitted anew before.
-        retain_weight: c in the last of them.
-    """
-
-    number: int
-    eta: float
-    predicted_kl: float
-    measured_kl: float
-    forget_nll: float
-    retain_nll: float
-    refitted: int
-    retain_weight: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run ended with, measured on all held-out retain and all forget sequences.
-
-    Attributes:
-        scale: factor of the change that the steps made; 0 if nothing was kept.
-        reason: why it is 0, if it is.
-        predicted_kl, measured_kl, forget_nll, retain_nll: as in `Step`, of the scaled change.
-        trials: the measurements behind the scale.
-    """
-
-    scale: float
-    reason: str
-    predicted_kl: float
-    measured_kl: float
-    forget_nll: float
-    retain_nll: float
-    trials: tuple[Trial, ...]
-
-
-@dataclass
-class UnlearnReport:
-    """What a run measured.
-
-    Attributes:
-        config: its options.
-        model_id: the model.
-        forget_nll, retain_nll: token means before the first step.
-        steps: looks on the way.
-        outcome: the end; None until it is there.
-        tokens: run forward and backward by the steps, those of fits apart.
-        costs: of the stages.
-        warnings: what a reader should know.
-    """
-
-    config: dict[str, Any]
-    model_id: str
-    forget_nll: float
-    retain_nll: float
-    steps: list[Step] = field(default_factory=list)
-    outcome: Outcome | None = None
-    tokens: int = 0
-    costs: list[StageCost] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def summary(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        values = asdict(self)
-        values["costs"] = [{**asdict(cost), "rate": cost.rate} for cost in self.costs]
-        return values
-
-
-def split_holdout(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
-    """Split sequences evenly into a part to fit on and a part to measure on.
-
-    Raises:
-        ValueError: either part would have no loss position.
-    """
-    parts: tuple[list[Batch], list[Batch]] = ([], [])
-    seen = 0
-    for batch in batches:
-        held = torch.tensor(
-            [math.floor((seen + i + 1) * share) > math.floor((seen + i) * share) for i in range(len(batch.input_ids))],
-            device=batch.input_ids.device,
-        )
-        seen += len(held)
-        for part, rows in zip(parts, (~held, held), strict=True):
-            if bool(rows.any()):
-                part.append(Batch(batch.index, batch.input_ids[rows], batch.attention[rows], batch.labels[rows]))
-    for name, part in zip(("to fit on", "to measure KL on"), parts, strict=True):
-        if not any(bool(batch.loss_mask.any()) for batch in part):
-            raise ValueError(
-                f"retain has {seen} sequences and holdout is {share}: no loss position is left {name};"
-                " give more retain sequences or another holdout"
-            )
-    return parts
-
-
-class _Run:
-    """The model of one run, its tracked weights, and what is measured on it.
-
-    With several ranks each runs its share of any batches, what is measured is the sum, and of matrices by layer name
-    a rank has those of the layers that it owns.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[Layer],
-        head: Head,
-        config: UnlearnConfig,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.model, self.layers, self.head, self.config = model, layers, head, config
-        self.ranks = ranks or Ranks(None)
-        self.owners: Mapping[str, int] = {layer.name: 0 for layer in layers}
-        self.device, self.dtype = device_of(model), state_dtype(model)
-        idle = idle_batch(self.device, attended=True) if is_sharded(model) else None
-        self.shares = Shares(self.ranks, idle)
-        reshard(model)
-        self._original = {name: p.detach().clone() for layer in layers for name, p in layer.parameters().items()}
-
-    @torch.no_grad()
-    def set_change(self, change: Matrices | None) -> None:
-        """Give the tracked parameters their original value plus `change`; None restores the original bits."""
-        reshard(self.model)
-        if change is None:
-            for layer in self.layers:
-                for name, p in layer.parameters().items():
-                    p.copy_(self._original[name])
-            return
-        for layer, parts in self.delivered(change):
-            for name, p in layer.parameters().items():
-                part = shard_of(placed_like(parts[name], p))
-                shard_of(p).copy_(shard_of(self._original[name]).to(self.dtype) + part)
-
-    def delivered(self, matrices: Matrices) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
-        """Each layer with its matrix in parts by parameter name, which all ranks have, one layer at a time."""
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        shapes = ((layer.name, (layer.d_out, layer.width_in)) for layer in self.layers)
-        spread = self.ranks.deliver(matrices, shapes, self.owners, like)
-        for layer, (_, matrix) in zip(self.layers, spread, strict=True):
-            yield layer, layer.split(matrix)
-
-    @torch.no_grad()
-    def references(self, batches: Iterable[Batch], stage: Stage) -> dict[int, Tensor]:
-        """Loss rows of the model as it is, to measure KL from, by the batches' index."""
-        rows = {}
-        for batch in self.shares.mine(batches):
-            rows[batch.index] = self.head.rows(batch).clone()
-            stage.advance(batch.tokens)
-        return rows
-
-    @torch.no_grad()
-    def measure(self, batches: Sequence[Batch], references: Mapping[int, Tensor], stage: Stage) -> tuple[float, float]:
-        """Mean KL to the references and mean NLL, nats a token."""
-        divergence = nll = 0.0
-        tokens = 0
-        for batch in self.shares.mine(batches):
-            rows = self.head.rows(batch)
-            if not len(rows):
-                continue
-            kl, _ = self.head.kl(rows, references[batch.index], gradient=False)
-            divergence += float(kl.sum())
-            nll += float(self.head.labelled(rows, batch)[2].sum(dtype=torch.float64))
-            tokens += rows.shape[0]
-            stage.advance(batch.tokens)
-        divergence, nll, total = self.ranks.sums([divergence, nll, tokens])
-        return divergence / total, nll / total
-
-    @torch.no_grad()
-    def sequence_nll(self, batches: Sequence[Batch], stage: Stage) -> dict[int, Tensor]:
-        """Summed NLL of each sequence `[B]`, by the batches' index, of the batches of this rank."""
-        sums = {}
-        for batch in self.shares.mine(batches):
-            sums[batch.index] = batch.sequence_sums(self.head.labelled(self.head.rows(batch), batch)[2])
-            stage.advance(batch.tokens)
-        return sums
-
-    def mean_nll(self, batches: Sequence[Batch], sums: Mapping[int, Tensor]) -> float:
-        """Token mean over batches, from the sums of their sequences."""
-        own = [float(sums[b.index].sum(dtype=torch.float64)) for b in self.shares.mine(batches)]
-        return self.ranks.sums([sum(own)])[0] / sum(len(b.loss_index) for b in batches)
-
-    def _tracked(self) -> AbstractContextManager[None]:
-        """Only the tracked parameters take gradients; what they had in `.grad` comes back at the end."""
-        reshard(self.model)
-        return trained(self.model, [p for layer in self.layers for p in layer.parameters().values()])
-
-    def gradient(self, parts: Sequence[_Part], stage: Stage) -> Matrices:
-        """Gradient of a weighted sum of losses, each a token mean."""
-        with self._tracked():
-            for weight, batches, on_rows in parts:
-                tokens = sum(len(batch.loss_index) for batch in batches)
-                for batch in self.shares.mine(batches):
-                    rows = self.head.rows(batch)
-                    grad = on_rows(rows, batch) if len(rows) else torch.zeros_like(rows)
-                    rows.backward(grad * (weight / tokens))
-                    stage.advance(batch.tokens)
-            return self._collected()
-
-    def gauss_newton_product(self, matrices: Matrices, batches: Sequence[Batch]) -> Matrices:
-        """`G v` with the exact Gauss-Newton matrix of some batches, at the weights as they are."""
-        tokens = sum(len(batch.loss_index) for batch in batches)
-        change = {name: part for _, parts in self.delivered(matrices) for name, part in parts.items()}
-        mine, temperature = self.shares.mine(batches), self.config.fit.temperature
-        with self._tracked():
-            add_gauss_newton_products(self.model, self.head, self.layers, mine, change, tokens, temperature)
-            return self._collected()
-
-    def _collected(self) -> Matrices:
-        """The gradient that parameters have, summed over ranks, each layer at its owner."""
-        if self.ranks.size == 1:
-            return gradient_matrices(self.layers, self.dtype)
-        sharded = is_sharded(self.model)
-        # FSDP2 has summed already, and divided.
-        factor = gradient_divisor(self.model, self.ranks.size) if sharded else 1.0
-        reshard(self.model)
-        collected = {}
-
-        def each() -> Iterator[tuple[Tensor, int]]:
-            for layer in self.layers:
-                matrix, owner = gradient_matrices([layer], self.dtype)[layer.name], self.owners[layer.name]
-                if not sharded:
-                    # It is the sum when the next one is asked for.
-                    yield matrix, owner
-                if owner == self.ranks.rank:
-                    collected[layer.name] = matrix.mul_(factor)
-
-        self.ranks.reduce(each())
-        return collected
 
 
 def npo_weights(nll: Tensor, start: Tensor, beta: float) -> Tensor:
@@ -322,90 +74,6 @@ def _half_square(curvature: Curvature, change: Matrices) -> float:
 
 def _scaled(change: Matrices, factor: float) -> Matrices:
     return {name: factor * matrix for name, matrix in change.items()}
-
-
-def cycled(batches: Sequence[Batch], count: int, seed: str) -> list[Batch]:
-    """So many batches: all of them in a random order, and again in another."""
-    order = random.Random(seed)
-    picked: list[Batch] = []
-    while len(picked) < count:
-        picked += order.sample(batches, len(batches))
-    return picked[:count]
-
-
-def _spread(batches: Sequence[Batch], sequences: int) -> list[Batch]:
-    """Every so many of the batches, of about so many sequences together; all if there are fewer."""
-    total = sum(len(batch.input_ids) for batch in batches)
-    stride = max(1, total // sequences)
-    return list(batches[::stride])
-
-
-def _enough(batches: Sequence[Batch], layers: Sequence[Layer], ratio: float | None) -> list[Batch]:
-    """Every so many of the batches, with about so many tokens for each dimension of the largest factor together."""
-    if ratio is None:
-        return list(batches)
-    needed = ratio * max(max(layer.d_out, layer.width_in) for layer in layers)
-    stride = max(1, int(sum(batch.tokens for batch in batches) // needed))
-    return list(batches[::stride])
-
-
-def search_step_size(
-    measure: Callable[[float], float],
-    predicted: Callable[[float], float],
-    first: float,
-    at_zero: float,
-    target: float,
-    trials: int,
-    limit: float = math.inf,
-) -> tuple[float, list[Trial]]:
-    """The largest η found whose measured KL is at most `target`; 0 if none was.
-
-    Args:
-        measure: η → measured KL.
-        predicted: η → predicted KL, recorded beside it.
-        first: where to begin.
-        at_zero: measured KL at η = 0.
-        target: budget.
-        trials: at most so many measurements.
-        limit: no η beyond it is tried.
-
-    KL above `at_zero` is taken as a power of η, quadratic at first and then as the last two
-    measurements say, and the next η aims 5 % below the target, inside the bracket of the largest good
-    and the smallest bad one. Within 8 % of the target is enough. Where a step of twice the length or more
-    adds less than a tenth to the KL, it has saturated, and longer ones would only destroy: the search ends.
-    """
-    low, high = 0.0, math.inf
-    eta, power = first, 2.0
-    last_eta = last_share = 0.0
-    done: list[Trial] = []
-    for number in range(trials):
-        kl = measure(eta)
-        done.append(Trial(eta, predicted(eta), kl))
-        share = (kl - at_zero) / (target - at_zero) if math.isfinite(kl) else math.inf
-        if kl <= target:
-            saturated = eta >= 2 * last_eta > 0 and 0.01 < share < 1.1 * last_share
-            if saturated:
-                break
-            low = max(low, eta)
-            if share >= 0.92 or eta >= limit:
-                break
-        else:
-            high = min(high, eta)
-        if 0 < last_share < math.inf and 0 < share < math.inf and share != last_share and eta != last_eta:
-            power = min(4.0, max(0.5, math.log(share / last_share) / math.log(eta / last_eta)))
-        last_eta, last_share = eta, share
-        guess = eta * (0.95 / share) ** (1 / power) if 0 < share < math.inf else 0.0
-        if low == 0.0:
-            # Each miss in a row aims a little lower, so that a wrong power cannot creep up on the target.
-            guess *= 0.9**number
-        if low < guess < high:
-            eta = min(guess, 30 * eta)
-        elif low == 0.0:
-            eta = high / 4 if math.isfinite(high) else 4 * eta
-        else:
-            eta = math.sqrt(low * high) if math.isfinite(high) else 4 * low
-        eta = min(eta, limit)
-    return low, done
 
 
 def unlearn(
@@ -480,7 +148,7 @@ def unlearn(
         if group is not None:
             ranks.require_same(made_from(model, [*forget_batches, *fitted, *held], config))
         head = Head(model, fitted[0], {module for layer in layers for module in layer.modules}, config.fit.autocast)
-        run = _Run(model, layers, head, config, ranks)
+        run = MovedModel(model, layers, head, config, ranks)
         try:
             stepper = _Stepper(run, forget_batches, fitted, held, curvature, progress, store)
             stepper.take_all(every, observe)
@@ -494,11 +162,6 @@ def unlearn(
     return Update(tensors, stepper.report.model_id, stepper.report)
 
 
-def as_batches(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Checked batches as the mappings that `fit` takes."""
-    return [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in batches]
-
-
 class _Stepper:
     """Takes the steps of one run.
 
@@ -509,7 +172,7 @@ class _Stepper:
 
     def __init__(
         self,
-        run: _Run,
+        run: MovedModel,
         forget: Sequence[Batch],
         fitted: Sequence[Batch],
         held: Sequence[Batch],
@@ -531,7 +194,7 @@ class _Stepper:
         losing = [batch for batch in fitted if len(batch.loss_index)]
         needed = config.retain_weight or config.cg_iterations
         self._retains = self._order(losing, count, "retain") if needed else [[]] * config.steps
-        self._few_held, self._few_forget = _spread(held, GLANCE), _spread(forget, GLANCE)
+        self._few_held, self._few_forget = spread(held, GLANCE), spread(forget, GLANCE)
         self._refits, self._seconds = 0, 0.0
 
         pulled = {batch.index: batch for part in self._retains for batch in part}
@@ -586,7 +249,7 @@ class _Stepper:
     def _direction(self, number: int, stage: Stage) -> tuple[Matrices, float]:
         """d = −(F + λI)⁻¹ g of one step, and `½ dᵀ(F + λI)d = −½ dᵀg`."""
         config, kept = self.config, self._retains[number - 1]
-        parts: list[_Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
+        parts: list[Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
         if config.retain_weight:
             parts.append((self._retain_weight, kept, self._retain_on_rows))
         self._retain_kl = []
@@ -691,7 +354,7 @@ class _Stepper:
                 self.change[layer.name] = torch.zeros(layer.d_out, layer.width_in, dtype=run.dtype, device=run.device)
 
     def _fit(self, store: str | Path | None = None) -> None:
-        batches = as_batches(_enough(self.fitted, self.run.layers, self.config.tokens_per_dimension))
+        batches = as_batches(enough(self.fitted, self.run.layers, self.config.tokens_per_dimension))
         self.curvature = fit_among(self.run.model, batches, self.config.fit, self.progress, True, store, self.run.ranks)
 
     def _look(self, number: int, eta: float, weight: float) -> None:

@@ -22,8 +22,8 @@ from transformers import get_cosine_schedule_with_warmup
 import kfade
 from kfade import baselines
 from kfade.baselines import METHODS, BaselineConfig, Context, TrainConfig, finetune, loop, retrain, run_baseline
+from kfade.batches import cycled
 from kfade.loss import check_batches
-from kfade.unlearn import cycled
 
 CPU = torch.device("cpu")
 FORGET = [batch("right", seed=1), batch("left", seed=2)]

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import kfade
+from kfade.batches import as_batches, split_holdout
 from kfade.capture import deterministic_mode, trained
 from kfade.layers import Layer, select
 from kfade.linearise import Matrices, add_gauss_newton_products, conjugate_gradients, dot, gradient_matrices
 from kfade.loss import Batch, Head, check_batches
-from kfade.unlearn import as_batches, split_holdout
 
 CPU = torch.device("cpu")
 

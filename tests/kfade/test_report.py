@@ -14,9 +14,9 @@ import pytest
 from kfade import Outcome, Step, UnlearnConfig, UnlearnReport
 from kfade.config import to_dict
 from kfade.evaluate import Evaluation, Generation
+from kfade.outcome import Trial
 from kfade.progress import StageCost
 from kfade.report import Comparison, Example, spread, to_html, write_report
-from kfade.unlearn import Trial
 
 EVIL = "<script>alert('x')</script> & \"quotes\" https://example.org/a.png"
 

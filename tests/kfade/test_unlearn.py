@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import kfade
+from kfade.batches import as_batches, split_holdout
 from kfade.capture import deterministic_mode
 from kfade.evaluate import references, scores
 from kfade.layers import select
 from kfade.loss import Head, Ignorance, check_batches
-from kfade.unlearn import Trial, _half_square, _Run, _scaled, as_batches, npo_weights, search_step_size, split_holdout
+from kfade.moved import MovedModel
+from kfade.outcome import Trial
+from kfade.step_size import search_step_size
+from kfade.unlearn import _half_square, _scaled, npo_weights
 
 WORDS = 31
 Batches = list[dict[str, Tensor]]
@@ -250,7 +254,7 @@ def test_target_is_flattened_by_how_much_is_memorised(probability: float, monkey
         return logits
 
     monkeypatch.setattr(Ignorance, "of", of)
-    monkeypatch.setattr(_Run, "mean_nll", lambda *_: -math.log(probability))
+    monkeypatch.setattr(MovedModel, "mean_nll", lambda *_: -math.log(probability))
     kfade.unlearn(llama(), batches(1, 2), batches(2, 4), kfade.UnlearnConfig(objective="distil"))
     assert seen == pytest.approx([1 + probability**2] * len(seen))
     assert seen
@@ -428,7 +432,7 @@ def test_predicted_kl_tends_to_the_measured_one_where_the_fisher_is_exact() -> N
     curvature = kfade.fit(model, data, kfade.FitConfig(curvature="kfac", modules="first", samples=200))
     checked = check_batches(data, torch.device("cpu"))
     layers = select(model, "first")
-    run = _Run(model, layers, Head(model, checked[0], [model.first]), kfade.UnlearnConfig.stepwise())
+    run = MovedModel(model, layers, Head(model, checked[0], [model.first]), kfade.UnlearnConfig.stepwise())
     direction = {"first": torch.randn(WORDS, 3, dtype=torch.float64)}
     ratios = []
     with deterministic_mode(model), kfade.Progress().stage("") as stage:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.optimization import get_scheduler
 
+from ..batches import cycled
 from ..capture import deterministic_mode, graph_from_embeddings, trained
 from ..config import _integer
 from ..layers import select
 from ..loss import Batch, check_batches
 from ..models import device_of, model_id
 from ..progress import Progress, Stage, StageCost
-from ..unlearn import cycled
 from ..update import Update
 from .methods import (
     DOWN_PROJECTIONS,
