@@ -23,7 +23,8 @@ from ..progress import return_freed_memory
 from ..rates import GIB, TABLE, UNTIMED, Rates, calibrate, rates_of, resident_bytes, resident_part
 from ..simulation import Footprint, simulate
 from .result import MemoryPlan, Plan
-from .stages import Basis, Model, Workload, highest
+from .sizes import Basis, Workload
+from .stages import Model, highest
 from .text import assumptions, places, reasons
 
 __all__ = ["Plan", "Workload", "plan", "plan_fit", "plan_model", "plan_run"]

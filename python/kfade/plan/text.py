@@ -10,7 +10,8 @@ from ..placement import SLOTS
 from ..progress import seconds_text
 from ..rates import GIB
 from .result import Beside, MemoryPlan, Place, Plan
-from .stages import EIGH_MATRICES, Model, highest
+from .sizes import EIGH_MATRICES
+from .stages import Model, highest
 
 _AWAY = {"host": "in host memory", "peer": "on another GPU"}
 
