@@ -1,7 +1,7 @@
 """Does it last? The demo's unlearning under other questions, rounded weights, relearning, and applied again.
 
     python benchmarks/durability.py                                # a quarter of an hour on one quiet core
-    python benchmarks/durability.py --stepwise                     # many steps instead of one: half as long again
+    python benchmarks/durability.py --stepwise                     # many steps instead of one: twice as long
     python benchmarks/durability.py --parts questions reapply      # only these
     python benchmarks/durability.py --no-record                    # print only
 
