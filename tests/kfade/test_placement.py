@@ -201,8 +201,9 @@ def test_a_fit_that_saves_itself_and_a_basis_that_is_given(
 
 KILLED = """
 import os, signal, sys, torch
-sys.path.insert(0, sys.argv[4])
 import kfade, kfade.journal, kfade.placement, kfade.resume
+# Not before: tests/kfade would be imported in its place.
+sys.path.insert(0, sys.argv[4])
 from models import batch, tiny
 kfade.placement.apart = lambda device, home: True
 kfade.resume.CHECKPOINT_SHARE = 1e9
