@@ -213,7 +213,7 @@ def killing(self, new):
     if new is not None and new["stages"][0] == sys.argv[2]:
         os.kill(os.getpid(), signal.SIGKILL)
 kfade.journal.Journal._replace_checkpoint = killing
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[5]))
 batches = [batch(padding, seed=seed) for seed, padding in enumerate(("right", "none", "left"))]
 options = kfade.FitConfig(checkpoint_seconds=0, **eval(sys.argv[3]))
 kfade.fit(tiny("llama", torch.float32), batches, options, store=sys.argv[1])
@@ -228,8 +228,8 @@ def test_what_was_saved_before_a_kill_is_whole(
     """Sums are saved between two batches, and what was changed is at home by then."""
     model, config = tiny("llama", torch.float32), FitConfig(checkpoint_seconds=0, **options)
     here = kfade.fit(model, BATCHES, config)
-    tests = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "s"), stage, repr(options), tests]
+    tests, threads = str(Path(__file__).parents[1]), str(torch.get_num_threads())
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "s"), stage, repr(options), tests, threads]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     request.getfixturevalue("elsewhere")
     said: list[str] = []
