@@ -137,7 +137,9 @@ class _Fit:
 
     def _next_stage(self) -> None:
         """What a stage has freed is not the next one's peak."""
-        if self.config.device_memory is not None:
+        if self.config.device_memory is None:
+            return_freed_memory(None)
+        else:
             return_freed_memory()
 
     def _pass(
@@ -201,6 +203,8 @@ class _Fit:
                     self.ranks.check()
                     stage.advance(1)
                     self.store.put({name: states[name]}, [which])
+                    # glibc would keep the workspace of each, between the results.
+                    return_freed_memory(None)
 
                 decompose_states(states, decomposed, self.config.rank, self.placement)
                 self._finished(states, FACTORS)

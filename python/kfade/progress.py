@@ -60,15 +60,20 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def return_freed_memory(from_bytes: int = 1 << 20) -> None:
-    """Let freed blocks of so many bytes and more go back to the system at once, from now on, where glibc keeps them.
+def return_freed_memory(from_bytes: int | None = 1 << 20) -> None:
+    """Give what is freed back to the system, where glibc keeps it.
 
     It keeps freed blocks of up to 32 MiB otherwise, between others that are in use: resident memory then lies well
     above what is alive. A block that is returned costs a page fault per 4 KiB when it is taken again.
+
+    Args:
+        from_bytes: blocks of so many bytes and more go back at once, from now on: in a fit of large batches that took
+            a sixth more CPU time. None returns only what is free now, in a millisecond.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, from_bytes)  # M_MMAP_THRESHOLD
+        if from_bytes is not None:
+            library.mallopt(-3, from_bytes)  # M_MMAP_THRESHOLD
         library.malloc_trim(0)
 
 

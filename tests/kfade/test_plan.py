@@ -427,7 +427,7 @@ def data(size, length, words):
     mask[0, length - padding:] = 0
     return [{"input_ids": ids, "attention_mask": mask}]
 
-config = kfade.FitConfig(device_memory=64.0, **options)
+config = kfade.FitConfig(**{"device_memory": 64.0, **options})
 # Code and tables that libraries load at their first use are no part of a plan.
 kfade.fit(build(64, 128, 1, 256), data(2, 32, 256), config)
 # GPT-2 ties its embeddings.
@@ -470,6 +470,8 @@ print(json.dumps({
         {"basis": "memory", "stored": False},
         {"basis": "memory", "layers_per_pass": 3, "padding": 9},
         {"basis": "files", "rank": 64},
+        {"device_memory": None},
+        {"device_memory": None, "layers_per_pass": 3},
     ],
     ids=str,
 )
@@ -487,6 +489,8 @@ def test_memory_is_as_planned(tmp_path: Path, changes: dict[str, Any]) -> None:
     for expected, measured in found["stages"]:
         # Of the whole process, which is what a limit is put on.
         assert measured <= 1.1 * expected and expected <= 1.1 * measured
+        if "device_memory" in changes:
+            continue  # without a limit blocks below 32 MiB stay with glibc until a stage ends
         # Without what the process took before the model the allocator's own share weighs more: 10 to 25 MiB.
         ours, real = expected - found["process"], measured - found["process"]
         assert real <= 1.1 * ours + 24 * 2**20 and ours <= 1.1 * real
