@@ -103,7 +103,7 @@ class TrainReport:
     def summary(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         values = asdict(self)
-        values["costs"] = [{**asdict(cost), "rate": cost.rate} for cost in self.costs]
+        values["costs"] = [cost.summary() for cost in self.costs]
         return values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def scores_table(columns: Mapping[str, Any]) -> Table:
 
 
 def costs_of(progress: Any) -> list[dict[str, Any]]:
-    return [{**asdict(cost), "rate": cost.rate} for cost in progress.costs]
+    return [cost.summary() for cost in progress.costs]
 
 
 def steps_table(report: Any) -> Table:
