@@ -67,7 +67,7 @@ def _plan(name: str, model: Model, parameters: int, limit: float | None) -> Plan
         load.tokens, load.sequences, load.size, load.length, parameters, tuple(x.name for x in model.layers),
         at_most, len(passes), model.stored, tuple(model.stages(passes)), tuple(memory),
         tuple(places(model, passes)), peak, limit, limit is None or peak <= limit,
-        tuple(reasons(model, at_most, memory, limit)), tuple(assumptions(model)),
+        tuple(reasons(model, at_most, memory, limit)), tuple(assumptions(model, memory)),
     )  # fmt: skip
 
 

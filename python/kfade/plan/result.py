@@ -53,6 +53,7 @@ class MemoryPlan:
         eigenvalues: Λ_sum of the pass.
         activations: what the model keeps for its backward pass, with inputs of layers and temporaries.
         workspace: of the stage's own operations.
+        retained: freed activations that the allocator of a CPU keeps where the fit has no limit.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class MemoryPlan:
     eigenvalues: float
     activations: float
     workspace: float
+    retained: float = 0.0
 
     @property
     def total(self) -> float:

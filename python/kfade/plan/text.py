@@ -11,7 +11,7 @@ from ..progress import seconds_text
 from ..rates import GIB
 from .result import Beside, MemoryPlan, Place, Plan
 from .sizes import EIGH_MATRICES
-from .stages import Model, highest
+from .stages import RETAINED, Model, highest
 
 _AWAY = {"host": "in host memory", "peer": "on another GPU"}
 
@@ -104,7 +104,7 @@ def places(model: Model, passes: Sequence[Sequence[Layer]]) -> list[Place]:
     return found
 
 
-def assumptions(model: Model) -> list[str]:
+def assumptions(model: Model, memory: Sequence[MemoryPlan]) -> list[str]:
     rates = model.rates
     found = [f"rates of {rates.name}: {rates.source}"]
     found.append(
@@ -114,6 +114,11 @@ def assumptions(model: Model) -> list[str]:
     found.append("no sequence is padded" if not model.load.padded else "batches are padded, and computed as they are")
     if model.fits_factors:
         found.append(f"eigh needs {EIGH_MATRICES} dense matrices at once, and float32 suffices")
+    if any(m.retained for m in memory):
+        found.append(
+            f"the allocator keeps {100 * RETAINED:.0f} % of the activations after they are freed, which a fit with a"
+            " memory limit gives back"
+        )
     if model.basis is not None:
         found.append("the basis is read from its files once, at the rate at which the disk is written")
     if model.fits_factors and rates.threads > 1:
@@ -133,9 +138,10 @@ def assumptions(model: Model) -> list[str]:
         )
     if model.devices > 1:
         found.append(
-            "simulated: more than one device is not implemented yet. Data are split evenly; triangles are reduced to"
-            " owners once, eigenvectors go to all, Λ is reduced; factors are decomposed longest first on the device"
-            " that is free; gathering weights overlaps with computing, nothing else does; eight devices a machine"
+            "simulated: several devices have only been several CPUs so far. Data are split evenly; triangles are"
+            " reduced to owners once, eigenvectors go to all, Λ is reduced; factors are decomposed longest first on"
+            " the device that is free; gathering weights overlaps with computing, nothing else does; eight devices"
+            " a machine"
         )
     return found
 
