@@ -22,7 +22,8 @@ import kfade
 from kfade import StorageError
 from kfade.integrations import UnsupportedPeerError
 from kfade.integrations import kronfluence as integration
-from kfade.integrations.kronfluence import accelerate
+from kfade.integrations.kronfluence import accelerate, covariances, eigenvalues, eigenvectors, inputs, peer
+from kfade.integrations.kronfluence import scores as score_stage
 from kfade.integrations.kronfluence_files import export_factors, import_factors
 
 kronfluence = pytest.importorskip("kronfluence")
@@ -326,7 +327,7 @@ def test_sixteen_bit_dtypes_are_kept_and_are_nearer_to_float64(
     dtype: torch.dtype, by_pairs: bool, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files have the dtypes that were asked for; what they hold was summed in float32."""
-    monkeypatch.setattr(integration, "_takes_pairs", lambda _: by_pairs)
+    monkeypatch.setattr(eigenvalues, "_takes_pairs", lambda _: by_pairs)
     narrow = {"has_shared_parameters": shared, **dict.fromkeys(DTYPES, dtype)}
     exact = Script("llama MLP", tmp_path / "exact", **dict.fromkeys(DTYPES, torch.float64))
     theirs, ours = pair("llama MLP", tmp_path, **narrow)
@@ -350,7 +351,7 @@ def test_sixteen_bit_dtypes_are_kept_and_are_nearer_to_float64(
 @pytest.mark.parametrize("by_pairs", [False, True])
 def test_sixteen_bit_gradients_of_one_basis(by_pairs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Λ from the same float32 eigenvectors, against float64 gradients: as near as kronfluence's."""
-    monkeypatch.setattr(integration, "_takes_pairs", lambda _: by_pairs)
+    monkeypatch.setattr(eigenvalues, "_takes_pairs", lambda _: by_pairs)
     dtypes = {"exact": torch.float64, "theirs": torch.bfloat16, "ours": torch.bfloat16}
     scripts = {n: Script("llama", tmp_path / n, per_sample_gradient_dtype=x) for n, x in dtypes.items()}
     scripts["exact"].covariances()
@@ -592,9 +593,15 @@ def test_shared_inputs_are_added_and_decomposed_once(tmp_path: Path, monkeypatch
     """q, k, v and gate, up: of seven inputs a layer, four sums and decompositions are made."""
     added: list[int] = []
     decomposed: list[int] = []
-    syrk_, decompose = integration.syrk_, integration.decompose
-    monkeypatch.setattr(integration, "syrk_", lambda acc, *a, **k: (added.append(acc.n), syrk_(acc, *a, **k))[1])
-    monkeypatch.setattr(integration, "decompose", lambda acc, n: (decomposed.append(acc.n), decompose(acc, n))[1])
+    syrk_, decompose = inputs.syrk_, eigenvectors.decompose
+
+    def counted_syrk_(accumulator: Any, *arguments: Any, **options: Any) -> Any:
+        added.append(accumulator.n)
+        return syrk_(accumulator, *arguments, **options)
+
+    for place in (inputs, covariances):
+        monkeypatch.setattr(place, "syrk_", counted_syrk_)
+    monkeypatch.setattr(eigenvectors, "decompose", lambda acc, n: (decomposed.append(acc.n), decompose(acc, n))[1])
     layers = [f"model.layers.0.{x}_proj" for x in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o")]
     layers += [f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")]
     make_model, _, make_data = CASES["llama"]
@@ -635,7 +642,7 @@ def test_factors_stay_where_the_gradients_are_while_there_is_room(monkeypatch: p
             kept = storage()
             FactorConfig.CONFIGS[strategy].precondition_gradient(gradient=gradient, storage=kept)
             assert {x.device.type for x in kept.values()} == {"cpu"}
-            monkeypatch.setattr(integration, "_has_room", lambda *_: True)
+            monkeypatch.setattr(score_stage, "_has_room", lambda *_: True)
             result = FactorConfig.CONFIGS[strategy].precondition_gradient(gradient=gradient, storage=kept)
             assert {x.device.type for x in kept.values()} == {"meta"} and result.shape == (4, 2, 3)
             monkeypatch.undo()
@@ -681,7 +688,7 @@ def test_a_dtype_that_is_not_decomposed_falls_through(tmp_path: Path) -> None:
 
 
 def patched() -> dict[str, Any]:
-    return {place: getattr(*integration._find(place)) for place in integration._replacements(integration._Notices())}
+    return {place: getattr(*peer.find(place)) for place in integration._replacements(peer.Notices())}
 
 
 def test_undo_restores_all_that_was_replaced() -> None:
@@ -697,7 +704,7 @@ def test_undo_restores_all_that_was_replaced() -> None:
     assert again is not acceleration and again.active
     again.undo()
     assert all(before[place] is now for place, now in patched().items())
-    assert set(before) <= set(integration._SOURCES)
+    assert set(before) <= set(peer.SOURCES)
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

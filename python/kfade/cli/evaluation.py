@@ -59,8 +59,7 @@ def evaluate(
     """Evaluate a model on a forget set, a retain set and text: likelihood, replies, KL, perplexity."""
     from ..evaluate import survey, survey_references
     from ..models import check_model, load_model
-    from ..report import plain
-    from ..storage import write_text
+    from ..storage import plain, write_text
     from ..update import Update
 
     sources = {"Forget": forget, "Retain": retain, "Text": text}

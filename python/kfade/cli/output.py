@@ -56,7 +56,7 @@ def keep_options(out: Path, options: Mapping[str, Any]) -> None:
 
 def print_result(as_json: bool, values: Mapping[str, Any], *tables: Table) -> None:
     """One JSON object, or tables."""
-    from ..report import plain
+    from ..storage import plain
 
     if as_json:
         print(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..report import BLUE, GREEN, GREY, ORANGE, html_cells, html_figure, html_page, html_table, number_text, svg_of
+from ..page import BLUE, GREEN, GREY, ORANGE, html_cells, html_figure, html_page, html_table, number_text, svg_of
 from ..storage import write_text
 from .methods import OURS, OWN
 from .points import Point, at_equal_kl, spread

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..config import CompareConfig
-from ..report import plain
+from ..storage import plain
 from .methods import OWN, TITLES
 from .points import Point, at_equal_kl, spread
 from .runs import Run

@@ -22,8 +22,7 @@ from ..errors import NonFiniteError, StorageError
 from ..evaluate import Evaluation, References, references, scores
 from ..models import weights_sha256
 from ..progress import Progress, Stage
-from ..report import plain
-from ..storage import read_json, tensors_sha256, write_text
+from ..storage import plain, read_json, tensors_sha256, write_text
 from ..unlearn import unlearn
 from ..update import Update
 from .methods import TITLES, Config, strength_of, with_seed
