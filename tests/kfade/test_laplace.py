@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kfade
 from kfade import calibration, laplace
+from kfade.laplace.evidence import best_precision, precision_evidence
 from kfade.linearise import linearised_rows
 
 TOLERANCE = 1e-9
@@ -434,7 +435,7 @@ def test_evidence_is_exact_for_a_gaussian() -> None:
         weights = torch.linalg.solve(x.T @ x + tau * torch.eye(5), x.T @ y)
         nll = float(0.5 * (y - x @ weights).square().sum() + 15 * math.log(2 * math.pi))
         spectrum = torch.linalg.eigvalsh(x.T @ x)
-        found = laplace.precision_evidence([spectrum], float(weights.square().sum()), tau) - nll
+        found = precision_evidence([spectrum], float(weights.square().sum()), tau) - nll
         covariance = torch.eye(30).double() + x @ x.T / tau
         truth = torch.distributions.MultivariateNormal(torch.zeros(30).double(), covariance).log_prob(y)
         assert found == pytest.approx(float(truth), rel=1e-12)
@@ -455,7 +456,7 @@ def test_evidence_approaches_the_integral_of_a_softmax(count: int) -> None:
         p = torch.sigmoid(w * x)
         hessian = (p * (1 - p) * x * x).sum()
         w = w - (((p - y) * x).sum() + TAU * w) / (hessian + TAU)
-    found = laplace.precision_evidence([hessian.reshape(1)], float(w**2), TAU) - float(nll(w))
+    found = precision_evidence([hessian.reshape(1)], float(w**2), TAU) - float(nll(w))
     grid = w + torch.linspace(-12, 12, 4001).double() / (hessian + TAU).sqrt()
     logs = -nll(grid) - TAU / 2 * grid**2 + 0.5 * math.log(TAU / (2 * math.pi))
     truth = float(torch.logsumexp(logs, 0) + (grid[1] - grid[0]).log())
@@ -487,7 +488,7 @@ def test_the_best_precision_is_a_maximum(curvature: str) -> None:
 @pytest.mark.parametrize("distance", [1e-12, 1.0, 1e12])
 def test_the_best_precision_solves_its_equation(scale: float, distance: float) -> None:
     spectra = [scale * torch.logspace(-12, 3, 40).double(), torch.zeros(7).double()]
-    tau = laplace.best_precision(spectra, distance)
+    tau = best_precision(spectra, distance)
     determined = sum(float((x / (x + tau)).sum()) for x in spectra)
     assert tau * distance == pytest.approx(determined, rel=1e-9)
 
@@ -498,7 +499,7 @@ def test_there_may_be_no_best_precision() -> None:
     with pytest.raises(ValueError, match="prior_precision has no best value, since the weights are the prior mean"):
         ours.fit_prior_precision()
     with pytest.raises(ValueError, match="since the curvature is 0"):
-        laplace.best_precision([torch.zeros(3).double()], 1.0)
+        best_precision([torch.zeros(3).double()], 1.0)
 
 
 # -------------------------------------------------------------------------------------------- calibration

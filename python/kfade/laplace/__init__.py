@@ -19,28 +19,21 @@ from typing import NamedTuple
 
 import torch
 from kfade_kernels.arguments import finite
-from kfade_kernels.precision import float32_products
-from kfade_kernels.sampled_cross_entropy.pytorch import rows_per_chunk
 from torch import Tensor, nn
 
-from .calibration import Mixture, Predictive
-from .capture import (
-    Capture,
-    Pair,
-    deterministic_mode,
-    frozen,
-    graph_from_embeddings,
-    rows_of,
-    trace,
-)
-from .curvature import Curvature, fitted_layers
-from .layers import Layer, output_head
-from .linearise import linearised_rows
-from .loss import Batch, Head, check_batches, check_targets, require_finite, sequence_groups
-from .models import device_of, model_id, state_dtype
-from .operators import CurvatureOperator, checked_layers
-from .progress import Progress
-from .update import Update
+from ..calibration import Mixture, Predictive
+from ..capture import Capture, deterministic_mode, frozen, graph_from_embeddings, trace
+from ..curvature import Curvature, fitted_layers
+from ..layers import Layer, output_head
+from ..linearise import linearised_rows
+from ..loss import Batch, Head, check_batches, require_finite, sequence_groups
+from ..models import device_of, model_id, state_dtype
+from ..operators import CurvatureOperator, checked_layers
+from ..progress import Progress
+from ..update import Update
+from .evidence import best_precision, precision_evidence
+from .logits import Term, add_logits, candidate_logits, vocabulary_size
+from .variance import Basis, Jacobians, head_variance, one_each
 
 METHODS = ("linearised", "sampled", "map")
 # Bytes of the mean distributions that exist at a time: each position takes one number a word.
@@ -59,119 +52,6 @@ class LogitVariance(NamedTuple):
     tokens: Tensor
     logits: Tensor
     variance: Tensor
-
-
-class _Term(NamedTuple):
-    """A part `rows · weightᵀ + bias` of logits; the rows themselves where there is no weight."""
-
-    rows: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    def of(self, part: slice, dtype: torch.dtype) -> Tensor:
-        rows = self.rows[part]
-        if self.weight is None:
-            return rows.to(dtype)
-        return nn.functional.linear(rows.to(self.weight.dtype), self.weight, self.bias).to(dtype)
-
-
-# ------------------------------------------------------------------------------------------------ formulas
-
-
-def precision_evidence(spectra: Sequence[Tensor], distance: float, precision: float) -> float:
-    """What depends on τ in the log marginal likelihood: `−½ (τ ‖θ̂ − μ‖² + Σ log(1 + NΛ/τ))`.
-
-    Args:
-        spectra: `N Λ` of each layer, float64.
-        distance: `‖θ̂ − μ‖²`.
-        precision: τ.
-    """
-    return -0.5 * (precision * distance + sum(float(torch.log1p(x / precision).sum()) for x in spectra))
-
-
-def best_precision(spectra: Sequence[Tensor], distance: float) -> float:
-    """The τ > 0 that maximises `precision_evidence`: where `τ ‖θ̂ − μ‖² = Σ NΛ / (NΛ + τ)` (MacKay 1992).
-
-    The left side rises with τ and the right side, the number of parameters that the data determine, falls: there is
-    one solution. It is found by Newton's method in log τ, kept within a bracket.
-
-    Raises:
-        ValueError: there is none, because θ̂ is the prior mean or Λ is 0 everywhere.
-    """
-    rank = sum(int((x > 0).sum()) for x in spectra)
-    if not distance > 0 or rank == 0:
-        what = "the weights are the prior mean" if rank else "the curvature is 0"
-        raise ValueError(f"prior_precision has no best value, since {what}; it must be given")
-
-    def excess(log_precision: float) -> tuple[float, float]:
-        precision = math.exp(log_precision)
-        shares = [x / (x + precision) for x in spectra]
-        determined = sum(float(share.sum()) for share in shares)
-        slope = sum(float((share * (1 - share)).sum()) for share in shares)
-        return determined - precision * distance, -slope - precision * distance
-
-    high = math.log(rank / distance)
-    step, low = 1.0, high - 1.0
-    while excess(low)[0] < 0:
-        step *= 2
-        low -= step
-    at = high
-    for _ in range(200):
-        value, slope = excess(at)
-        low, high = (at, high) if value > 0 else (low, at)
-        newton = at - value / slope
-        following = newton if low < newton < high else (low + high) / 2
-        if abs(following - at) <= 1e-13 * max(1.0, abs(at)):
-            return math.exp(following)
-        at = following
-    return math.exp(at)
-
-
-class _Basis(NamedTuple):
-    """A layer's posterior: Q_S and Q_A (None for the identity), and the variances v `[d_out, d_in (+ 1)]` there."""
-
-    q_out: Tensor | None
-    q_in: Tensor | None
-    variances: Tensor
-
-
-def head_variance(basis: _Basis, h: Tensor, tokens: Tensor) -> Tensor:
-    """`Var(f_c) = Σ_ij (Q_S[c, i])² (Q_Aᵀ h)_j² v_ij` of logits `f = W h`.
-
-    Args:
-        basis: of W `[V, d]`.
-        h: rows `[n, d]`, with a last column of ones if there is a bias.
-        tokens: c, int64 `[n, C]`.
-
-    Returns:
-        `[n, C]`. Cost: `2·V·d` FLOPs a word of the vocabulary that is asked for anywhere.
-    """
-    asked, place = tokens.unique(return_inverse=True)
-    with float32_products():
-        by_word = basis.variances[asked] if basis.q_out is None else basis.q_out[asked].square() @ basis.variances
-        squares = (h if basis.q_in is None else h @ basis.q_in).square()
-        result = squares.new_empty(tokens.shape)
-        for c in range(tokens.shape[1]):
-            result[:, c] = (squares * by_word[place[:, c]]).sum(1)
-    return result
-
-
-def gradient_variance(basis: _Basis, rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`Σ_ij (Q_Sᵀ G Q_A)_ij² v_ij`: the variance of what has the gradient `G = Σ gᵀ a` on the weights.
-
-    Args:
-        basis: of the weights.
-        rows: pairs g `[T, d_out]`, a `[T, d_in (+ 1)]`.
-    """
-    total = torch.zeros_like(basis.variances)
-    with float32_products():
-        for g, a in rows:
-            rotated = g if basis.q_out is None else g @ basis.q_out
-            total.addmm_(rotated.T, a if basis.q_in is None else a @ basis.q_in)
-    return (total.square_() * basis.variances).sum()
-
-
-# ----------------------------------------------------------------------------------------------- posterior
 
 
 def _above_zero(name: str, value: object) -> float:
@@ -424,13 +304,13 @@ class Laplace:
             update.remove_(self.model)
 
     @staticmethod
-    def _terms(head: Head, outer: Layer | None, rows: Sequence[Tensor], change: Mapping[str, Tensor]) -> list[_Term]:
+    def _terms(head: Head, outer: Layer | None, rows: Sequence[Tensor], change: Mapping[str, Tensor]) -> list[Term]:
         """The parts of one model's logits: a small change has a term of its own, which 16 bits do not round away."""
-        terms = [_Term(x, head.weight, None if i else head.bias) for i, x in enumerate(rows)]
+        terms = [Term(x, head.weight, None if i else head.bias) for i, x in enumerate(rows)]
         if outer is not None and change:
             weight, bias = change[f"{outer.name}.weight"], change.get(f"{outer.name}.bias")
             device = rows[0].device
-            terms.append(_Term(rows[0], weight.to(device), None if bias is None else bias.to(device)))
+            terms.append(Term(rows[0], weight.to(device), None if bias is None else bias.to(device)))
         return terms
 
     @torch.no_grad()
@@ -479,7 +359,7 @@ class Laplace:
             self.model.eval()
             head = Head(self.model, checked[0], (), self.curvature.config.autocast)
             layers, outer = self._parts(head)
-            vocabulary = _vocabulary(head, checked)
+            vocabulary = vocabulary_size(head, checked)
             longest = max(batch.input_ids.shape[1] for batch in checked)
             found = []
             for group in sequence_groups(checked, max(1, MEAN_BYTES // (longest * vocabulary * dtype.itemsize))):
@@ -494,7 +374,7 @@ class Laplace:
                         for x in parts:
                             require_finite(x, batch, "what enters the softmax")
                         terms = self._terms(head, outer, parts, change)
-                        start = _add(mixture, start, terms, len(parts[0]), vocabulary, dtype)
+                        start = add_logits(mixture, start, terms, len(parts[0]), vocabulary, dtype)
                         stage.advance(batch.tokens)
                 found.append(mixture.mean(models))
         return Predictive.joined(found)
@@ -534,11 +414,12 @@ class Laplace:
         with deterministic_mode(self.model), frozen(self.model), graph_from_embeddings(self.model):
             head = Head(self.model, checked[0], (), self.curvature.config.autocast)
             layers, outer = self._parts(head)
-            vocabulary = _vocabulary(head, checked)
+            vocabulary = vocabulary_size(head, checked)
             if max(listed, default=count - 1) >= vocabulary:
                 raise ValueError(f"candidates is {candidates}; the vocabulary has {vocabulary} tokens")
             layers = trace(head, layers, checked[0])
-            jacobians = _Jacobians(self, layers, dtype, device)
+            bases = {layer.name: self._basis(layer.name, dtype, device) for layer in layers}
+            jacobians = Jacobians(bases, dtype, device)
             capture = Capture(head, layers, jacobians)
             found = []
             with (progress or Progress()).stage("variance of logits", sum(b.tokens for b in checked)) as stage:
@@ -546,11 +427,11 @@ class Laplace:
                     with torch.set_grad_enabled(bool(layers)), capture.running(batch) as rows:
                         h = rows.detach()
                         require_finite(h, batch, "what enters the softmax")
-                        term = _Term(h, head.weight, head.bias)
-                        tokens, logits = _candidates(term, listed, count, vocabulary, dtype)
+                        term = Term(h, head.weight, head.bias)
+                        tokens, logits = candidate_logits(term, listed, count, vocabulary, dtype)
                         variance = torch.zeros_like(logits)
                         if layers:
-                            for at, c, gradient in _one_each(rows, head.weight, tokens, batch):
+                            for at, c, gradient in one_each(rows, head.weight, tokens, batch):
                                 jacobians.begin(batch.loss_index[at] // batch.input_ids.shape[1], len(batch.input_ids))
                                 rows.backward(gradient, retain_graph=True)
                                 capture.flush(batch)
@@ -561,114 +442,15 @@ class Laplace:
                     stage.advance(batch.tokens)
         return LogitVariance(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
-    def _basis(self, name: str, dtype: torch.dtype, device: torch.device) -> _Basis:
+    def _basis(self, name: str, dtype: torch.dtype, device: torch.device) -> Basis:
         state = self._states[name]
         q_out = q_in = None
         if state.q_out is not None:
             q_out, q_in = (q.to(device, dtype) for q in (state.output_eigenvectors(), state.input_eigenvectors()))
         spectrum = state.eigenvalues().to(device, dtype)
-        return _Basis(q_out, q_in, 1 / (self.tokens * spectrum + self.prior_precision[name]))
+        return Basis(q_out, q_in, 1 / (self.tokens * spectrum + self.prior_precision[name]))
 
     def _outer_variance(self, outer: Layer, h: Tensor, tokens: Tensor) -> Tensor:
         """What the output projection's weights give to the variance of logits `[n, C]`."""
         wide = torch.cat([h, h.new_ones(len(h), 1)], dim=1) if outer.has_bias else h
         return head_variance(self._basis(outer.name, h.dtype, h.device), wide, tokens)
-
-
-class _Jacobians:
-    """Takes the gradients of one logit a sequence, layer by layer, and adds up the variances that they give.
-
-    Args:
-        laplace: the posterior.
-        layers: that give gradients.
-        dtype: of the products.
-        device: where the gradients are.
-    """
-
-    def __init__(self, laplace: Laplace, layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> None:
-        self._bases = {layer.name: laplace._basis(layer.name, dtype, device) for layer in layers}
-        self._dtype = dtype
-        self._sequences: list[int] = []
-        self._sums = torch.zeros(0, dtype=dtype, device=device)
-
-    def begin(self, sequences: Tensor, number: int) -> None:
-        """Expect gradients of some sequences of a batch of that many; those of the others are 0."""
-        self._sequences = sequences.tolist()
-        self._sums = self._sums.new_zeros(number)
-
-    def found(self) -> Tensor:
-        """The variances of the expected sequences."""
-        return self._sums[self._sequences]
-
-    def __call__(self, layer: Layer, pairs: list[Pair], batch: Batch) -> None:
-        calls = [rows_of(pair, batch, self._dtype) for pair in pairs]
-        if layer.has_bias:
-            calls = [(g, torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=2)) for g, a in calls]
-        for n in self._sequences:
-            self._sums[n] += gradient_variance(self._bases[layer.name], [(g[n], a[n]) for g, a in calls])
-
-
-def _one_each(
-    rows: Tensor, weight: Tensor | None, tokens: Tensor, batch: Batch
-) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Each candidate of each loss position once, a position of every sequence at a time.
-
-    Yields which rows, which candidate, and the gradient of the sum of its logits there with respect to all rows.
-    """
-    sequence = batch.loss_index // batch.input_ids.shape[1]
-    counts = torch.bincount(sequence, minlength=len(batch.input_ids))
-    starts = counts.cumsum(0) - counts
-    for turn in range(int(counts.max())):
-        at = (starts + turn)[counts > turn]
-        for c in range(tokens.shape[1]):
-            gradient = torch.zeros_like(rows)
-            if weight is None:
-                gradient[at, tokens[at, c]] = 1
-            else:
-                gradient[at] = weight[tokens[at, c]].to(rows.dtype)
-            yield at, c, gradient
-
-
-def _vocabulary(head: Head, batches: Sequence[Batch]) -> int:
-    """V; ValueError where a label is outside."""
-    if head.weight is None:
-        few = Batch(0, *(x[:1] for x in (batches[0].input_ids, batches[0].attention, batches[0].labels)))
-        with torch.no_grad():
-            size = head.rows(few).shape[1]
-    else:
-        size = head.weight.shape[0]
-    for batch in batches:
-        check_targets(batch, size)
-    return size
-
-
-def _chunks(terms: Sequence[_Term], rows: int, vocabulary: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of a few rows at a time, at least float32."""
-    step = rows_per_chunk(2 * vocabulary, 0, terms[0].rows.device)
-    for first in range(0, rows, step):
-        part = slice(first, min(rows, first + step))
-        logits = terms[0].of(part, dtype)
-        for term in terms[1:]:
-            logits = logits + term.of(part, dtype)
-        yield part, logits
-
-
-def _add(mixture: Mixture, start: int, terms: Sequence[_Term], rows: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Add one model's logits of a batch, whose rows begin at `start`; returns where those of the next one do."""
-    for part, logits in _chunks(terms, rows, vocabulary, dtype):
-        mixture.add(slice(start + part.start, start + part.stop), logits)
-    return start + rows
-
-
-def _candidates(
-    term: _Term, listed: Sequence[int], count: int, vocabulary: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The tokens that are asked about at each row, and their logits, `[n, C]`."""
-    rows = len(term.rows)
-    tokens = torch.tensor(listed or [0] * count, device=term.rows.device).expand(rows, count).clone()
-    values = torch.empty(rows, count, dtype=dtype, device=term.rows.device)
-    for part, logits in _chunks([term], rows, vocabulary, dtype):
-        if not listed:
-            tokens[part] = logits.topk(count, dim=1).indices
-        values[part] = logits.gather(1, tokens[part])
-    return tokens, values
