@@ -76,7 +76,7 @@ def main() -> None:
     rows = []
     settings = itertools.product(curvatures, options.damping, options.loss_on, options.steps, options.budgets)
     for name, damping, loss_on, steps, budget in settings:
-        config = kfade.UnlearnConfig(
+        config = kfade.UnlearnConfig.published(
             fit=kfade.FitConfig(curvature=name, modules=options.modules), damping=damping, steps=steps,
             kl_budget=budget, objective=options.objective,
         )  # fmt: skip

@@ -39,7 +39,7 @@ from kfade.compare import (
     MARGIN,
     NAMES,
     OURS,
-    STEPWISE,
+    PUBLISHED,
     Run,
     Sweep,
     Task,
@@ -296,7 +296,7 @@ def start_worker(options: argparse.Namespace) -> None:
 
 def ablated(options: argparse.Namespace) -> dict[str, UnlearnConfig]:
     """The variants of K-FADE, all at the middle budget."""
-    return ablation(UnlearnConfig.stepwise(kl_budget=MARGIN * middle(options)))
+    return ablation(UnlearnConfig(kl_budget=MARGIN * middle(options)))
 
 
 def work(stage: str, split: str, seed: int, label: str, ablate: bool) -> tuple[list[Run], Prepared]:
@@ -361,7 +361,7 @@ def tofu_sweeps(options: argparse.Namespace, pool: ProcessPoolExecutor, stage: s
             Sweep(
                 f"What matters in K-FADE ({split})" if ablate else title, sizes(options, stage, split, ablate), runs,
                 [ends[seed].retrained for seed in seeds], [ends[seed].original for seed in seeds],
-                [] if ablate else first.questions, first.replies, {OURS: "K-FADE"} if ablate else {},
+                [] if ablate else first.questions, first.replies, variants=ablate,
             )
         )  # fmt: skip
     return sweeps
@@ -526,7 +526,7 @@ def main() -> None:
     large.add_argument("--smollm-retain", type=int, default=64, help="retain questions that methods are given")
     large.add_argument(
         "--smollm-methods", nargs="+", choices=NAMES,
-        default=[OURS, STEPWISE, "gradient_difference", "npo", "simnpo", "undial_kl", "task_vector"],
+        default=[OURS, PUBLISHED, "gradient_difference", "npo", "simnpo", "undial_kl", "task_vector"],
     )  # fmt: skip
     large.add_argument("--smollm-budgets", type=float, nargs="+", default=[0.002, 0.01, 0.05])
     large.add_argument("--smollm-learning-rates", type=float, nargs="+", default=[1e-5, 5e-5])

@@ -321,11 +321,13 @@ def forget_and_retain() -> tuple[list[models.Batch], list[models.Batch]]:
 
 
 UNLEARNING = {
-    "one step": UnlearnConfig(kl_budget=0.01, holdout=0.3, fit=CASES["ekfac"]),
-    "steps": UnlearnConfig.stepwise(steps=3, refit_every=2, holdout=0.3),
-    "npo": UnlearnConfig(objective="npo", steps=2, kl_budget=None, step_size=1e-3, holdout=0.3, retain_weight=1.0),
-    "cholesky": UnlearnConfig(kl_budget=0.01, holdout=0.3, fit=CASES["cholesky"]),
-    "cg": UnlearnConfig(kl_budget=0.01, holdout=0.3, fit=CASES["ekfac"], cg_iterations=3),
+    "one step": UnlearnConfig.published(kl_budget=0.01, holdout=0.3, fit=CASES["ekfac"]),
+    "steps": UnlearnConfig(steps=3, refit_every=2, holdout=0.3),
+    "npo": UnlearnConfig.published(
+        objective="npo", steps=2, kl_budget=None, step_size=1e-3, holdout=0.3, retain_weight=1.0
+    ),
+    "cholesky": UnlearnConfig.published(kl_budget=0.01, holdout=0.3, fit=CASES["cholesky"]),
+    "cg": UnlearnConfig.published(kl_budget=0.01, holdout=0.3, fit=CASES["ekfac"], cg_iterations=3),
 }
 
 
@@ -373,7 +375,7 @@ def refused(group: ProcessGroup) -> list[str]:
     """The errors of what a group cannot do."""
     data, sharded = forget_and_retain(), wrapped("fsdp", models.tiny("llama"), group)
     half = torch.distributed.new_group([0])
-    plain, cg = models.tiny("llama"), UnlearnConfig(cg_iterations=2)
+    plain, cg = models.tiny("llama"), UnlearnConfig.published(cg_iterations=2)
     found = [
         message(lambda: kfade.unlearn(sharded, *data, cg, group=group)),
         message(lambda: kfade.fit(sharded, batches())),
@@ -414,7 +416,7 @@ def large_config() -> LlamaConfig:
     )  # fmt: skip
 
 
-LARGE = UnlearnConfig(
+LARGE = UnlearnConfig.published(
     kl_budget=None, step_size=0.01, holdout=0.4, fit=FitConfig(modules=r"layers\.(0|31)\.self_attn\.o_proj$")
 )
 

@@ -151,10 +151,10 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class UnlearnConfig:
-    """How a forget set is unlearned.
+    """How a forget set is unlearned: by default in many short steps, towards outputs that do not know.
 
     Attributes:
-        fit: how the retain curvature is fitted.
+        fit: how the retain curvature is fitted: with K-FAC, from softened outputs.
         tokens_per_dimension: the curvature is fitted on batches with about so many tokens for each dimension of the
             largest factor, every so many of them; None takes the whole retain set, less `holdout`.
         damping: λ of the solve.
@@ -169,7 +169,7 @@ class UnlearnConfig:
             the probabilities that the original model gives the labels: of what it has memorised it is too sure (2),
             of what it knows a little it is not (1).
         npo_beta: inverse temperature of `npo`.
-        steps: number of steps.
+        steps: number of steps. None takes 80, but at most ten passes over the forget set and at least two.
         batches_per_step: forget batches, and retain batches, of one step; None takes all of both.
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
             `step_size` is given.
@@ -188,20 +188,20 @@ class UnlearnConfig:
         trials: at most so many measurements of KL, for the scale of the update, and for the length of the first step.
     """
 
-    fit: FitConfig = field(default_factory=FitConfig)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(curvature="kfac", temperature=3.0))
     tokens_per_dimension: float | None = 40.0
-    damping: float = 0.1
+    damping: float = 0.01
     damping_kind: str = "relative"
-    objective: str = "cross_entropy"
+    objective: str = "distil"
     margin: float = 5.0
     target_temperature: float | None = None
     npo_beta: float = 0.1
-    steps: int = 1
-    batches_per_step: int | None = None
+    steps: int | None = None
+    batches_per_step: int | None = 1
     kl_budget: float | None = 0.02
     step_share: float = 0.1
     step_size: float | None = None
-    retain_weight: float = 0.0
+    retain_weight: float = 10.0
     cg_iterations: int = 0
     refit_every: int = 0
     holdout: float = 0.2
@@ -218,7 +218,8 @@ class UnlearnConfig:
         _number("margin", self.margin, minimum=0.0)
         if self.target_temperature is not None:
             _number("target_temperature", self.target_temperature, above=0.0)
-        _integer("steps", self.steps, 1)
+        if self.steps is not None:
+            _integer("steps", self.steps, 1)
         if self.batches_per_step is not None:
             _integer("batches_per_step", self.batches_per_step, 1)
         if (self.kl_budget is None) == (self.step_size is None):
@@ -240,24 +241,34 @@ class UnlearnConfig:
         _integer("trials", self.trials, 1)
 
     @classmethod
-    def stepwise(cls, **changes: Any) -> UnlearnConfig:
-        """Many short steps on batches, towards outputs that do not know, in the metric of softened outputs.
+    def published(cls, **changes: Any) -> UnlearnConfig:
+        """One uphill step on the whole forget set, in the metric of EK-FAC (McKinney et al. 2026, arXiv 2602.10568).
 
         Args:
             changes: fields to set otherwise.
         """
-        return cls(**{"fit": FitConfig(**STEPWISE_FIT), **STEPWISE, **changes})
+        return cls(**{"fit": FitConfig(**PUBLISHED_FIT), **PUBLISHED, **changes})
+
+    def steps_over(self, batches: int) -> int:
+        """The number of steps on a forget set of so many batches."""
+        if self.steps is not None:
+            return self.steps
+        one_pass = batches / min(batches, self.batches_per_step or batches)
+        few, many = (math.ceil(passes * one_pass) for passes in PASSES)
+        return min(max(STEPS, few), many)
 
 
-# What `UnlearnConfig.stepwise` sets, of itself and of its fit.
-STEPWISE: dict[str, Any] = {
-    "objective": "distil",
-    "steps": 80,
-    "batches_per_step": 1,
-    "retain_weight": 10.0,
-    "damping": 0.01,
+# Where the number of steps is not given: so many, but between so many passes over the forget set.
+STEPS, PASSES = 80, (2, 10)
+# What `UnlearnConfig.published` sets, of itself and of its fit.
+PUBLISHED: dict[str, Any] = {
+    "objective": "cross_entropy",
+    "steps": 1,
+    "batches_per_step": None,
+    "retain_weight": 0.0,
+    "damping": 0.1,
 }
-STEPWISE_FIT: dict[str, Any] = {"curvature": "kfac", "temperature": 3.0}
+PUBLISHED_FIT: dict[str, Any] = {"curvature": "ekfac", "temperature": 1.0}
 
 
 @dataclass(frozen=True)
@@ -324,8 +335,8 @@ class CompareConfig:
     """
 
     methods: tuple[str, ...] = (
-        "kfade", "gradient_ascent", "gradient_difference", "npo", "simnpo", "undial", "undial_kl", "wga", "rmu",
-        "task_vector",
+        "kfade", "kfade_published", "gradient_ascent", "gradient_difference", "npo", "simnpo", "undial", "undial_kl",
+        "wga", "rmu", "task_vector",
     )  # fmt: skip
     budgets: tuple[float, ...] = (0.01, 0.03, 0.1)
     seeds: int = 3

@@ -5,13 +5,13 @@ One step from the accumulated change Δ, on one batch of the forget set and one 
     Δ ← Δ − η (F + λI)⁻¹ (∇L + c ∇KL_retain)
 
 with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568) and L what is descended on
-the forget set: minus its loss, or the KL from outputs that do not know the labels. By default there is one step, on the
-whole forget set, whose length is the largest found whose KL, *measured* on held-out retain sequences, is within the
-budget. With many (`UnlearnConfig.stepwise`) the first is *measured* to cost a share of the budget, and what is
-predicted of it, `½ η² dᵀ(F + λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a
-hundredfold between models, but little between steps. On the way c follows the KL of each step's retain batch, which
-its gradient needs anyway, so that the path ends near the budget; at the end the whole change is scaled down into it.
-Steps of merely predicted size diverge.
+the forget set: minus its loss, or the KL from outputs that do not know the labels. By default there are many steps. The
+first is *measured* to cost a share of the budget on held-out retain sequences, and what is predicted of it,
+`½ η² dᵀ(F + λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a hundredfold
+between models, but little between steps. On the way c follows the KL of each step's retain batch, which its gradient
+needs anyway, so that the path ends near the budget; at the end the whole change is scaled down into it. A single step
+(`UnlearnConfig.published`) has the largest length found whose measured KL is within the budget. Steps of merely
+predicted size diverge.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -135,6 +136,7 @@ def unlearn(
     layers = select(model, config.fit.modules)
     device = device_of(model)
     forget_batches = [b for b in check_batches(forget, device, "forget") if len(b.loss_index)]
+    config = replace(config, steps=config.steps_over(len(forget_batches)))
     fitted, held = split_holdout(check_batches(retain, device, "retain"), config.holdout)
     names = None if curvature is None else set(curvature)
     if isinstance(curvature, ShardedCurvature) and group is not None:
@@ -187,13 +189,15 @@ class _Stepper:
         self.curvature = curvature
         self.change: Matrices = {}
         config, count = self.config, self.config.batches_per_step
+        assert config.steps is not None
+        self._steps = config.steps
         self._predicted, self._retain_weight = 0.0, config.retain_weight
         self._retain_kl: list[Tensor] = []
         self._recent = (0.0, 0.0)
         self._forgets = self._order(forget, count, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
         needed = config.retain_weight or config.cg_iterations
-        self._retains = self._order(losing, count, "retain") if needed else [[]] * config.steps
+        self._retains = self._order(losing, count, "retain") if needed else [[]] * self._steps
         self._few_held, self._few_forget = spread(held, GLANCE), spread(forget, GLANCE)
         self._refits, self._seconds = 0, 0.0
 
@@ -216,9 +220,9 @@ class _Stepper:
     def _order(self, batches: Sequence[Batch], count: int | None, what: str) -> list[list[Batch]]:
         """The batches of each step."""
         if count is None:
-            return [list(batches)] * self.config.steps
+            return [list(batches)] * self._steps
         count = min(count, len(batches))
-        order = cycled(batches, count * self.config.steps, f"{what} {self.config.fit.seed}")
+        order = cycled(batches, count * self._steps, f"{what} {self.config.fit.seed}")
         return [order[i : i + count] for i in range(0, len(order), count)]
 
     # ---- gradients on rows
@@ -290,7 +294,7 @@ class _Stepper:
             return 0.0
         if number == 1:
             self._predicted = self._first_prediction(direction, half_square)
-        return (1 - (number - 1) / config.steps) * math.sqrt(self._predicted / half_square)
+        return (1 - (number - 1) / self._steps) * math.sqrt(self._predicted / half_square)
 
     def _first_prediction(self, direction: Matrices, half_square: float) -> float:
         """The predicted KL of a first step that is measured to cost its share of the budget.
@@ -298,7 +302,7 @@ class _Stepper:
         Predictions are off by a factor that differs a hundredfold between models, but little between steps.
         """
         assert self.config.kl_budget is not None
-        if self.config.steps == 1:
+        if self._steps == 1:
             # The search at the end measures it.
             return self.config.kl_budget
         target = self.config.kl_budget * self.config.step_share
@@ -313,7 +317,7 @@ class _Stepper:
 
     def take_all(self, every: int, observe: Callable[[int, float], None] | None) -> None:
         """All steps."""
-        config, steps = self.config, self.config.steps
+        config, steps = self.config, self._steps
         looks = {1, *(-(-steps * i // LOOKS) for i in range(1, LOOKS + 1))} if steps > 1 else set()
         tokens = [sum(b.tokens for b in (*f, *r)) for f, r in zip(self._forgets, self._retains, strict=True)]
         begin = time.perf_counter()
@@ -376,7 +380,7 @@ class _Stepper:
         finite = divergence if math.isfinite(divergence) else 1e3 * OFF * budget * count
         self._recent = (self._recent[0] / 2 + finite, self._recent[1] / 2 + count)
         spent = self._recent[0] / self._recent[1] / budget
-        self._retain_weight *= min(PULL[1], max(PULL[0], spent)) ** min(1.0, PULLS / self.config.steps)
+        self._retain_weight *= min(PULL[1], max(PULL[0], spent)) ** min(1.0, PULLS / self._steps)
         self._shorten(spent)
 
     def _shorten(self, spent: float) -> None:
@@ -434,7 +438,7 @@ class _Stepper:
             kl = measure(1.0)
             finite = math.isfinite(kl)
             return float(finite), [Trial(1.0, unit, kl)], "" if finite else "the measured KL is not finite"
-        target, alone = self.config.kl_budget, self.config.steps == 1
+        target, alone = self.config.kl_budget, self._steps == 1
         assert target is not None
         # Many steps were told where to stop: they are never made longer.
         first = math.sqrt(target / unit) if alone and unit > 0 else 1.0

@@ -90,7 +90,7 @@ def test_no_stage_decomposes_and_no_file_has_eigenvectors(tmp_path: Path) -> Non
 @pytest.mark.parametrize("options", [{}, {"steps": 2, "retain_weight": 1.0}, {"cg_iterations": 2}], ids=str)
 def test_unlearning(options: dict[str, Any]) -> None:
     model = tiny("llama", torch.float32)
-    config = kfade.UnlearnConfig(fit=CHOLESKY, kl_budget=0.01, **options)
+    config = kfade.UnlearnConfig.published(fit=CHOLESKY, kl_budget=0.01, **options)
     outcome = kfade.unlearn(model, BATCHES[:1], BATCHES[1:], config).report.outcome
     assert outcome is not None and 0 < outcome.measured_kl <= 0.01 and outcome.scale > 0
 

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 import kfade
 from kfade import doctor, models
 from kfade.cli import app
-from kfade.config import STEPWISE, STEPWISE_FIT
+from kfade.cli.options import PUBLISHED_OPTIONS
 from kfade.data import make_batches
 from kfade.demo import DATA, load_data
 from kfade.loss import Head
@@ -165,24 +165,24 @@ def test_config_file_repeats_the_run(home: Path, run: tuple[Path, dict[str, Any]
     assert first["out"] != second["out"]
     assert {**first, "out": ""} == {**second, "out": ""}
     assert first["tokens_per_dimension"] == 0
-    assert first["save_model"] is True and first["retain_weight"] == 0.0 and first["chat"] is None
+    assert first["save_model"] is True and first["retain_weight"] == 10.0 and first["chat"] is None
     a, b = (kfade.Update.load(p).tensors for p in (out, tmp_path / "again"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("first", ["file", "flag"])
-def test_many_steps_by_one_flag(home: Path, tmp_path: Path, first: str) -> None:
+def test_the_published_step_by_one_flag(home: Path, tmp_path: Path, first: str) -> None:
     """It stands for its options: before those of a file, after those that are given beside it; and these are kept."""
     file, out = tmp_path / "some.yaml", tmp_path / "o"
     file.write_text(yaml.safe_dump({"objective": "npo", "holdout": 0.4, "steps": 7}))
-    flags = ["--config", file, "--stepwise"] if first == "file" else ["--stepwise", "--config", file]
+    flags = ["--config", file, "--published"] if first == "file" else ["--published", "--config", file]
     done(
         "unlearn", *sources(home), "--out", out, *flags, "--steps", 3, "--kl-budget", 0.05,
         "--max-new-tokens", 2, "--quiet",
     )  # fmt: skip
     kept = yaml.safe_load((out / "config.yaml").read_text())
-    wanted = {**STEPWISE, **STEPWISE_FIT, "steps": 3, "holdout": 0.4, "kl_budget": 0.05}
-    assert {name: kept[name] for name in wanted} == wanted and "stepwise" not in kept
+    wanted = {**PUBLISHED_OPTIONS, "steps": 3, "holdout": 0.4, "kl_budget": 0.05}
+    assert {name: kept[name] for name in wanted} == wanted and "published" not in kept
 
 
 def test_flags_override_the_config_file(home: Path, tmp_path: Path) -> None:

@@ -78,24 +78,25 @@ def test_the_sentences_say_who_wins_and_where_k_fade_is_behind() -> None:
     wins = of([point("kfade", 0, 0.01, 1.0), point("kfade", 1, 0.01, 2.0), point("npo", 0, 0.01, 3.0),
                point("npo", 1, 0.01, 1.9), point("wga", 0, 0.01, 7.0), point("wga", 1, 0.01, 7.0)])  # fmt: skip
     assert verdict(wins, 0.01) == (
-        "Within a retain KL of 0.01, K-FADE, one step is best: 1.5 ± 0.71 nats a token from the retrained model."
-        " K-FADE, one step is 0.95 ahead of the best baseline, NPO (2.45 ± 0.78): better in 1 of 2 seeds."
+        "Within a retain KL of 0.01, K-FADE is best: 1.5 ± 0.71 nats a token from the retrained model."
+        " K-FADE is 0.95 ahead of the best baseline, NPO (2.45 ± 0.78): better in 1 of 2 seeds."
     )
-    loses = of([point("kfade", 0, 0.01, 4.0), point("kfade_stepwise", 0, 0.01, 2.0), point("npo", 0, 0.01, 3.0),
-                point("wga", 0, 0.01, 1.5)])  # fmt: skip
+    loses = of([point("kfade", 0, 0.01, 2.0), point("kfade_published", 0, 0.01, 4.0),
+                point("npo", 0, 0.01, 3.0), point("wga", 0, 0.01, 1.5)])  # fmt: skip
     assert verdict(loses, 0.01) == (
         "Within a retain KL of 0.01, WGA is best: 1.5 nats a token from the retrained model."
-        " K-FADE, many steps (2) is 0.5 behind the best baseline, WGA: better in 0 of 1 seed."
+        " K-FADE (2) is 0.5 behind the best baseline, WGA: better in 0 of 1 seed."
         " K-FADE, one step (4) is 2.5 behind the best baseline, WGA: better in 0 of 1 seed."
     )
     no_aim = verdict(of([no_target(r.points[1]) for r in loses.runs], retrained=[]), 0.01)
     assert "is best: " in no_aim and "nats a token of forget NLL" in no_aim
-    variants = of([point("kfade", 0, 0.01, 1.0), point("10 steps", 0, 0.01, 2.0)], titles={"kfade": "K-FADE"})
+    variants = of([point("kfade", 0, 0.01, 1.0), point("10 steps", 0, 0.01, 2.0)], variants=True)
     assert "K-FADE is 1 ahead of the best variant, 10 steps (2): better in 1 of 1 seed." in verdict(variants, 0.01)
 
 
 def test_equal_time_is_that_of_the_better_k_fade() -> None:
-    points = [point("kfade", 0, 0.01, 4.0, seconds=9), point("kfade_stepwise", 0, 0.01, 2.0, seconds=3),
+    points = [point("kfade_published", 0, 0.01, 4.0, seconds=9),
+              point("kfade", 0, 0.01, 2.0, seconds=3),
               point("npo", 0, 0.01, 1.0, seconds=1)]  # fmt: skip
     assert our_seconds(at_equal_kl(points, 0.02)) == 3
     assert our_seconds(at_equal_kl(points[:1], 0.02)) == 9
@@ -109,9 +110,9 @@ def test_every_method_has_the_same_number_of_tries() -> None:
     model = models.tiny("llama")
     found = {name: tries(name, model, 3, OPTIONS) for name in compare.NAMES}
     assert {len(configs) for configs in found.values()} == {2}
-    assert all(c.steps == 1 for c in found["kfade"] if isinstance(c, UnlearnConfig))
+    assert all(c.steps == 1 for c in found["kfade_published"] if isinstance(c, UnlearnConfig))
     # Two passes over three batches.
-    assert all(c.steps == 6 for c in found["kfade_stepwise"] if isinstance(c, UnlearnConfig))
+    assert all(c.steps == 6 for c in found["kfade"] if isinstance(c, UnlearnConfig))
     budgets = [c.kl_budget for c in found["kfade"] if isinstance(c, UnlearnConfig)]
     assert budgets == pytest.approx([0.0075, 0.075])
     for name, configs in found.items():

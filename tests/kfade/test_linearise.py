@@ -125,7 +125,7 @@ def test_a_step_by_conjugate_gradients_solves_the_exact_system() -> None:
     forget, retain = [models.batch("none")], [models.batch("right", sequences=5, seed=5)]
     changes = {"damping": 0.5, "kl_budget": None, "step_size": 1.0, "fit": kfade.FitConfig(modules="down_proj")}
     exact, few, direct = (
-        kfade.unlearn(model, forget, retain, kfade.UnlearnConfig(cg_iterations=count, **changes))
+        kfade.unlearn(model, forget, retain, kfade.UnlearnConfig.published(cg_iterations=count, **changes))
         for count in (400, 1, 0)
     )
     flats = [torch.cat([x.flatten() for x in update.tensors.values()]) for update in (exact, few, direct)]

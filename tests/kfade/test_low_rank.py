@@ -341,7 +341,7 @@ def test_influence(query_rank: int | None) -> None:
 def test_unlearn(steps: int) -> None:
     """A refit, steps with conjugate gradients on top, and a fit given beforehand."""
     model, forget, retain = hand_made(), [batch("left", seed=3)], [batch("right", seed=s) for s in (4, 5)]
-    config = UnlearnConfig(
+    config = UnlearnConfig.published(
         fit=FitConfig(rank=3, modules="gate|up|down"), steps=steps, kl_budget=0.01,
         refit_every=2 if steps > 1 else 0, cg_iterations=2 if steps > 1 else 0,
     )  # fmt: skip

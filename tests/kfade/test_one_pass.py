@@ -139,7 +139,7 @@ def test_laplace_counts_all_data() -> None:
 
 def test_unlearning_takes_one_pass() -> None:
     model = tiny("llama", torch.float32)
-    config = kfade.UnlearnConfig(fit=FitConfig(basis_share=0.5), kl_budget=0.01)
+    config = kfade.UnlearnConfig.published(fit=FitConfig(basis_share=0.5), kl_budget=0.01)
     progress = kfade.Progress()
     update = kfade.unlearn(model, BATCHES[:1], BATCHES[1:], config, progress=progress)
     assert update.report.outcome.measured_kl <= 0.01

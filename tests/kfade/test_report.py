@@ -33,7 +33,15 @@ def outcome(kept: bool = True, kl: float = 0.01) -> Outcome:
 def report(*steps: Step, end: Outcome | None = None) -> UnlearnReport:
     costs = [StageCost("factors A, S", 2.5, 1000, "token", 2**30), StageCost("save " + EVIL, 0.1, 0, "token", 2**29)]
     return UnlearnReport(
-        to_dict(UnlearnConfig()), EVIL, 0.5, 1.0, list(steps), end, 100, costs, ["the curvature is stale " + EVIL]
+        to_dict(UnlearnConfig.published()),
+        EVIL,
+        0.5,
+        1.0,
+        list(steps),
+        end,
+        100,
+        costs,
+        ["the curvature is stale " + EVIL],
     )
 
 

@@ -809,7 +809,7 @@ def test_a_directory_that_cannot_be_written(
 
 
 def test_unlearning_goes_on_with_its_fit(model: Any, work: Work, tmp_path: Path) -> None:
-    options = kfade.UnlearnConfig(fit=OPTIONS, step_size=0.1, kl_budget=None, trials=2)
+    options = kfade.UnlearnConfig.published(fit=OPTIONS, step_size=0.1, kl_budget=None, trials=2)
     plain = kfade.unlearn(model, BATCHES[:1], BATCHES[1:], options)
     work.cut("factor", 4)
     with pytest.raises(Cut):

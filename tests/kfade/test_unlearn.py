@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_the_budget_is_met_as_measured_and_the_model_is_left_alone(curvature: st
     before = weights(model)
     forget, retain = batches(1, count=1), batches(2, count=4)
     changes = {"kl_budget": 0.01, "holdout": 0.25, "fit": kfade.FitConfig(curvature=curvature)}
-    make = kfade.UnlearnConfig if steps == 1 else kfade.UnlearnConfig.stepwise
+    make = kfade.UnlearnConfig.published if steps == 1 else kfade.UnlearnConfig
     config = make(steps=steps, **changes)
     update = kfade.unlearn(model, forget, retain, config)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -110,7 +111,7 @@ def test_many_steps_forget_more_than_one_at_the_same_budget() -> None:
     forget, retain = batches(1, count=1), batches(2, count=4)
     ends = [
         kfade.unlearn(llama(), forget, retain, config).report.outcome
-        for config in (kfade.UnlearnConfig(kl_budget=0.1), kfade.UnlearnConfig.stepwise(kl_budget=0.1))
+        for config in (kfade.UnlearnConfig.published(kl_budget=0.1), kfade.UnlearnConfig(kl_budget=0.1))
     ]
     assert all(end.measured_kl <= 0.1 for end in ends)
     assert ends[1].forget_nll > ends[0].forget_nll
@@ -132,7 +133,7 @@ def test_a_given_step_size_is_taken_and_is_the_formula() -> None:
     torch.manual_seed(0)
     model = llama().double()
     forget, retain = batches(1, count=2), batches(2, count=4)
-    config = kfade.UnlearnConfig(kl_budget=None, step_size=0.3, damping=0.5)
+    config = kfade.UnlearnConfig.published(kl_budget=None, step_size=0.3, damping=0.5)
     _, fitted = reversed(split_holdout(check_batches(retain, torch.device("cpu")), config.holdout))
     data = [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in fitted]
     curvature = kfade.fit(model, data)
@@ -159,7 +160,7 @@ def test_a_step_of_many_is_the_formula() -> None:
     torch.manual_seed(0)
     model = llama().double()
     forget, retain = batches(1, count=1), batches(2, count=1, size=8)
-    config = kfade.UnlearnConfig.stepwise(
+    config = kfade.UnlearnConfig(
         steps=2, kl_budget=None, step_size=0.2, margin=3.0, target_temperature=1.5, damping=0.1
     )
     fitted, _ = split_holdout(check_batches(retain, torch.device("cpu")), config.holdout)
@@ -194,7 +195,7 @@ def test_steps_predict_what_the_first_was_measured_to_cost(share: float, shorten
     torch.manual_seed(0)
     model = llama().double()
     seen: list[dict[str, Tensor]] = []
-    config = kfade.UnlearnConfig.stepwise(
+    config = kfade.UnlearnConfig(
         steps=4, kl_budget=0.005, step_share=share, damping=0.0, retain_weight=0.0, target_temperature=2.0
     )
     fitted, _ = split_holdout(check_batches(batches(2, 4), torch.device("cpu")), config.holdout)
@@ -222,11 +223,23 @@ def test_steps_predict_what_the_first_was_measured_to_cost(share: float, shorten
     assert (factor < 1) == shortened
 
 
+def test_steps_are_as_many_as_the_forget_set_asks_for() -> None:
+    config = kfade.UnlearnConfig()
+    assert [config.steps_over(n) for n in (1, 3, 8, 40, 41, 500)] == [10, 30, 80, 80, 82, 1000]
+    wide = replace(config, batches_per_step=8)
+    # A step has no more batches than there are.
+    assert [wide.steps_over(n) for n in (1, 8, 64, 500)] == [10, 10, 80, 125]
+    assert kfade.UnlearnConfig(batches_per_step=None).steps_over(500) == 10
+    assert kfade.UnlearnConfig(steps=7).steps_over(500) == 7
+    update = kfade.unlearn(llama(), batches(1, count=1), batches(2, count=4))
+    assert update.report.config["steps"] == 10 == update.report.steps[-1].number
+
+
 @pytest.mark.parametrize("steps", [8, 32])
 def test_weight_of_the_retain_term_follows_what_is_spent(steps: int) -> None:
     """c of a step, from the KL of all retain batches before each earlier one."""
     model, budget = llama(), 0.01
-    config = kfade.UnlearnConfig.stepwise(steps=steps, kl_budget=budget, step_share=1.0, batches_per_step=None)
+    config = kfade.UnlearnConfig(steps=steps, kl_budget=budget, step_share=1.0, batches_per_step=None)
     fitted, _ = split_holdout(check_batches(batches(2, 4), torch.device("cpu")), config.holdout)
     data = as_batches(fitted)
     original, spent = references(model, data), []
@@ -255,7 +268,7 @@ def test_target_is_flattened_by_how_much_is_memorised(probability: float, monkey
 
     monkeypatch.setattr(Ignorance, "of", of)
     monkeypatch.setattr(MovedModel, "mean_nll", lambda *_: -math.log(probability))
-    kfade.unlearn(llama(), batches(1, 2), batches(2, 4), kfade.UnlearnConfig(objective="distil"))
+    kfade.unlearn(llama(), batches(1, 2), batches(2, 4), kfade.UnlearnConfig.published(objective="distil"))
     assert seen == pytest.approx([1 + probability**2] * len(seen))
     assert seen
 
@@ -265,7 +278,7 @@ def test_what_cannot_meet_its_budget_is_dropped_and_reported() -> None:
     model = llama()
     # The prediction of this block-diagonal matrix is too small, so that its only trial overshoots.
     update = kfade.unlearn(
-        model, batches(1, count=1), batches(2, count=4), kfade.UnlearnConfig(kl_budget=1e-3, trials=1)
+        model, batches(1, count=1), batches(2, count=4), kfade.UnlearnConfig.published(kl_budget=1e-3, trials=1)
     )
     end = update.report.outcome
     assert end.measured_kl == 0 and end.scale == 0 and "budget" in end.reason
@@ -276,7 +289,7 @@ def test_what_cannot_meet_its_budget_is_dropped_and_reported() -> None:
 @pytest.mark.parametrize(("ratio", "stride"), [(None, 1), (1e4, 1), (1.2, 2), (1e-3, 4)])
 def test_a_fit_on_enough_tokens_sees_every_so_many_of_the_batches(ratio: float | None, stride: int) -> None:
     forget, retain = batches(1, count=1), batches(2, count=4)
-    config = kfade.UnlearnConfig.stepwise(steps=2, tokens_per_dimension=ratio)
+    config = kfade.UnlearnConfig(steps=2, tokens_per_dimension=ratio)
     fitted, _ = split_holdout(check_batches(retain, torch.device("cpu")), config.holdout)
     # Factors of order 24 at most, and four batches of some twenty tokens.
     assert 72 <= sum(batch.tokens for batch in fitted) <= 86 and len(fitted) == 4
@@ -288,21 +301,21 @@ def test_a_fit_on_enough_tokens_sees_every_so_many_of_the_batches(ratio: float |
 
 def test_refits_are_counted() -> None:
     torch.manual_seed(0)
-    config = kfade.UnlearnConfig.stepwise(steps=4, refit_every=2)
+    config = kfade.UnlearnConfig(steps=4, refit_every=2)
     report = kfade.unlearn(llama(), batches(1, 1), batches(2, 4), config).report
     assert [step.refitted for step in report.steps] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("objective", ["distil", "npo", "cross_entropy"])
 def test_same_seed_same_bits_and_every_objective_forgets(objective: str) -> None:
-    config = kfade.UnlearnConfig.stepwise(steps=6, objective=objective, kl_budget=0.1)
+    config = kfade.UnlearnConfig(steps=6, objective=objective, kl_budget=0.1)
     (learnt,) = batches(1, count=1)
     forget, retain = [{k: v[i : i + 2] for k, v in learnt.items()} for i in (0, 2)], batches(2, count=4)
     first, second = (kfade.unlearn(llama(), forget, retain, config) for _ in range(2))
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
     assert first.report.outcome.forget_nll > first.report.forget_nll
     other = kfade.unlearn(
-        llama(), forget, retain, kfade.UnlearnConfig.stepwise(fit=kfade.FitConfig(seed=1, temperature=3.0), steps=6)
+        llama(), forget, retain, kfade.UnlearnConfig(fit=kfade.FitConfig(seed=1, temperature=3.0), steps=6)
     )
     assert not all(torch.equal(tensor, other.tensors[name]) for name, tensor in first.tensors.items())
 
@@ -316,9 +329,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kfade.unlearn(
-            model, batches(1), batches(2, 4), kfade.UnlearnConfig.stepwise(steps=3), every=2, observe=interrupt
-        )
+        kfade.unlearn(model, batches(1), batches(2, 4), kfade.UnlearnConfig(steps=3), every=2, observe=interrupt)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
@@ -432,7 +443,7 @@ def test_predicted_kl_tends_to_the_measured_one_where_the_fisher_is_exact() -> N
     curvature = kfade.fit(model, data, kfade.FitConfig(curvature="kfac", modules="first", samples=200))
     checked = check_batches(data, torch.device("cpu"))
     layers = select(model, "first")
-    run = MovedModel(model, layers, Head(model, checked[0], [model.first]), kfade.UnlearnConfig.stepwise())
+    run = MovedModel(model, layers, Head(model, checked[0], [model.first]), kfade.UnlearnConfig())
     direction = {"first": torch.randn(WORDS, 3, dtype=torch.float64)}
     ratios = []
     with deterministic_mode(model), kfade.Progress().stage("") as stage:
@@ -448,7 +459,7 @@ def test_predicted_kl_tends_to_the_measured_one_where_the_fisher_is_exact() -> N
 def test_layers_with_biases_and_transposed_weights() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=16)).eval()
-    config = kfade.UnlearnConfig.stepwise(fit=kfade.FitConfig(modules="all-linear"), steps=2, kl_budget=0.01)
+    config = kfade.UnlearnConfig(fit=kfade.FitConfig(modules="all-linear"), steps=2, kl_budget=0.01)
     update = kfade.unlearn(model, batches(1, 1), batches(2, 4), config)
     assert update.report.outcome.scale > 0
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -477,7 +488,7 @@ def test_layers_with_biases_and_transposed_weights() -> None:
 )
 def test_bad_options_are_named(changes: dict[str, object], named: str) -> None:
     with pytest.raises((ValueError, TypeError), match=named):
-        kfade.UnlearnConfig.stepwise(**changes)  # type: ignore[arg-type]
+        kfade.UnlearnConfig(**changes)  # type: ignore[arg-type]
 
 
 def test_a_curvature_of_other_layers_and_too_few_sequences_are_refused() -> None:

@@ -11,8 +11,10 @@ import typer
 import yaml
 
 from ..config import (
-    STEPWISE,
-    STEPWISE_FIT,
+    PASSES,
+    PUBLISHED,
+    PUBLISHED_FIT,
+    STEPS,
     CompareConfig,
     FitConfig,
     InfluenceConfig,
@@ -25,8 +27,9 @@ from ..config import (
 FIT, UNLEARN, INFLUENCE, TOFU, COMPARE = FitConfig(), UnlearnConfig(), InfluenceConfig(), TofuConfig(), CompareConfig()
 DEBUG = "kfade.debug"
 # How a run is shown, not what it does; and flags that stand for other options, which are kept.
-NOT_KEPT = ("config", "stepwise", "as_json", "quiet", "debug")
+NOT_KEPT = ("config", "published", "as_json", "quiet", "debug")
 PRESET = "kfade.preset"
+PUBLISHED_OPTIONS = {**PUBLISHED, **PUBLISHED_FIT, "batches_per_step": 0}
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -50,10 +53,10 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def read_stepwise(ctx: typer.Context, value: bool) -> bool:
-    """The options of many steps become defaults, before those of a file."""
+def read_published(ctx: typer.Context, value: bool) -> bool:
+    """The options of the published step become defaults, before those of a file."""
     if value:
-        ctx.meta[PRESET] = {**STEPWISE, **STEPWISE_FIT}
+        ctx.meta[PRESET] = PUBLISHED_OPTIONS
         ctx.default_map = {**(ctx.default_map or {}), **ctx.meta[PRESET]}
     return value
 
@@ -260,18 +263,26 @@ DampingKind = Annotated[
         "--damping-kind", help="relative (times each layer's mean eigenvalue) or absolute.", rich_help_panel=CURVATURE
     ),
 ]
-Stepwise = Annotated[
+Published = Annotated[
     bool,
     typer.Option(
-        "--stepwise",
-        callback=read_stepwise,
+        "--published",
+        callback=read_published,
         is_eager=True,
-        help=f"Many short steps: {', '.join(f'{k} {v}' for k, v in {**STEPWISE, **STEPWISE_FIT}.items())}; each can be"
-        " given beside it.",
+        help=f"One uphill step: {', '.join(f'{k} {v}' for k, v in PUBLISHED_OPTIONS.items())}; each can be given"
+        " beside it.",
         rich_help_panel=STEP,
     ),
 ]
-Steps = Annotated[int, typer.Option("--steps", help="Steps.", rich_help_panel=STEP)]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        help="Steps.",
+        show_default=f"{STEPS}, within {PASSES[0]} to {PASSES[1]} passes over the forget set",
+        rich_help_panel=STEP,
+    ),
+]
 BatchesPerStep = Annotated[
     int,
     typer.Option(

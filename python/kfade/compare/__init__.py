@@ -19,7 +19,7 @@ from ..config import CompareConfig
 from ..data import Record, make_batches
 from ..evaluate import generations
 from ..progress import Progress
-from .methods import MARGIN, NAMES, OURS, STEPWISE, ablation, check_methods, tries
+from .methods import MARGIN, NAMES, OURS, PUBLISHED, ablation, check_methods, tries
 from .points import Point, at_equal_kl, spread
 from .results import Sweep, our_seconds, verdict
 from .runs import Run, Task, Yardstick, line_of, sweep, sweep_method
@@ -28,7 +28,7 @@ __all__ = [
     "MARGIN",
     "NAMES",
     "OURS",
-    "STEPWISE",
+    "PUBLISHED",
     "Point",
     "Run",
     "Sweep",

@@ -10,18 +10,18 @@ from typing import Any
 from torch import nn
 
 from ..baselines import METHODS, BaselineConfig, decoder_layers
-from ..config import CURVATURES, OBJECTIVES, CompareConfig, FitConfig, UnlearnConfig
+from ..config import CURVATURES, OBJECTIVES, STEPS, CompareConfig, FitConfig, UnlearnConfig
 
 Config = UnlearnConfig | BaselineConfig
 
-OURS, STEPWISE = "kfade", "kfade_stepwise"
-OWN = (OURS, STEPWISE)
+OURS, PUBLISHED = "kfade", "kfade_published"
+OWN = (OURS, PUBLISHED)
 # Baselines with other options than those they are published with.
 VARIANTS: dict[str, dict[str, Any]] = {"undial_kl": {"method": "undial", "retain_weight": 1.0, "retain_loss": "kl"}}
-NAMES = (OURS, STEPWISE, *METHODS, *VARIANTS)
+NAMES = (OURS, PUBLISHED, *METHODS, *VARIANTS)
 TITLES = {
-    OURS: "K-FADE, one step",
-    STEPWISE: "K-FADE, many steps",
+    OURS: "K-FADE",
+    PUBLISHED: "K-FADE, one step",
     "gradient_ascent": "gradient ascent",
     "gradient_difference": "gradient difference",
     "npo": "NPO",
@@ -63,7 +63,7 @@ def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> 
     if name in OWN:
         low, high, count = min(options.budgets), max(options.budgets), len(options.learning_rates)
         ratios = [i / (count - 1) for i in range(count)] if count > 1 else [1.0]
-        base = within(UnlearnConfig() if name == OURS else UnlearnConfig.stepwise(), batches, options.epochs)
+        base = within(UnlearnConfig() if name == OURS else UnlearnConfig.published(), batches, options.epochs)
         return [replace(base, kl_budget=float(f"{MARGIN * low * (high / low) ** r:.4g}")) for r in ratios]
     values: dict[str, Any] = {"method": name, **VARIANTS.get(name, {}), "epochs": options.epochs}
     if name == "rmu":
@@ -76,7 +76,7 @@ def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> 
 def within(config: UnlearnConfig, batches: int, epochs: float) -> UnlearnConfig:
     """The configuration with no more steps than so many passes over so many forget batches have."""
     each = batches if config.batches_per_step is None else min(config.batches_per_step, batches)
-    return replace(config, steps=min(config.steps, max(1, math.ceil(epochs * batches / each))))
+    return replace(config, steps=min(config.steps_over(batches), max(1, math.ceil(epochs * batches / each))))
 
 
 def strength_of(config: Config) -> str:
@@ -95,7 +95,8 @@ def with_seed(config: Config, seed: int) -> Config:
 
 def ablation(base: UnlearnConfig | None = None) -> dict[str, UnlearnConfig]:
     """K-FADE in many steps with one thing changed at a time, by what it is."""
-    base = base or UnlearnConfig.stepwise()
+    base = base or UnlearnConfig()
+    steps = base.steps or STEPS
 
     def fit(**changes: Any) -> UnlearnConfig:
         return replace(base, fit=FitConfig(**{**asdict(base.fit), **changes}))
@@ -104,11 +105,11 @@ def ablation(base: UnlearnConfig | None = None) -> dict[str, UnlearnConfig]:
     found |= {f"curvature: {name}": fit(curvature=name) for name in CURVATURES}
     found |= {f"layers: {name}": fit(modules=name) for name in ("mlp", "attention", "all-linear")}
     found |= {f"damping {base.damping * f:g}": replace(base, damping=base.damping * f) for f in (0.1, 10.0)}
-    found |= {f"{count} steps": replace(base, steps=count) for count in (max(2, base.steps // 4), 2 * base.steps)}
+    found |= {f"{count} steps": replace(base, steps=count) for count in (max(2, steps // 4), 2 * steps)}
     found |= {f"objective: {name}": replace(base, objective=name) for name in OBJECTIVES}
-    found["fitted again at every quarter"] = replace(base, refit_every=max(1, base.steps // 4))
+    found["fitted again at every quarter"] = replace(base, refit_every=max(1, steps // 4))
     found["no retain-KL term"] = replace(base, retain_weight=0.0)
     found["Fisher at temperature 1"] = fit(temperature=1.0)
     found["fitted on all of the retain set"] = replace(base, tokens_per_dimension=None)
-    found["one step, as published"] = UnlearnConfig(kl_budget=base.kl_budget)
+    found["one step, as published"] = UnlearnConfig.published(kl_budget=base.kl_budget)
     return {name: config for name, config in found.items() if name == OURS or config != base}

@@ -277,12 +277,12 @@ def allowance_text(sweep: Sweep) -> str:
     count = f"{same.pop()}" if len(same) == 1 else "/".join(str(n) for n in tries.values())
     what = (
         f"Every variant: {count} try"
-        if sweep.titles
+        if sweep.variants
         else f"Every method: {count} tries (K-FADE: budgets of its own; others: learning rates, since the published"
         " ones are for models of billions of parameters)"
     )
     text = f"{what}, {options.seeds} seed{'s' * (options.seeds > 1)}, the same forget and retain batches"
-    text += "" if sweep.titles else f", {options.epochs:g} passes over the forget set at most"
+    text += "" if sweep.variants else f", {options.epochs:g} passes over the forget set at most"
     text += f", {options.seconds:g} s" if options.seconds is not None else ""
     how = "nearest to the retrained model" if sweep.aims else "with the highest forget NLL"
     text += f". A table shows, of all models that a method passed through on any try, the one {how} within the budget;"

@@ -30,7 +30,7 @@ class Sweep:
         original: the same of the original model; its points serve where this is empty.
         questions: of which `inspect` gives replies.
         replies: to these by other models, by name: those of the original and the retrained one.
-        titles: of labels that are no method's name; where there are any, variants of K-FADE are compared.
+        variants: it is K-FADE that is compared, with one thing changed at a time.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Sweep:
     original: list[dict[str, Any]] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     replies: dict[str, list[str]] = field(default_factory=dict)
-    titles: dict[str, str] = field(default_factory=dict)
+    variants: bool = False
 
     @property
     def points(self) -> list[Point]:
@@ -56,9 +56,10 @@ class Sweep:
         values: dict[str, Any] = plain(asdict(self))
         return values
 
-    def title(self, label: str) -> str:
-        """A method's name for people."""
-        return self.titles.get(label, TITLES.get(label, label))
+    @staticmethod
+    def title(label: str) -> str:
+        """The name for people, of a method; a variant has its own."""
+        return TITLES.get(label, label)
 
     def detail(self, point: Point, budget: float) -> dict[str, Any]:
         """What `inspect` found of a chosen point; empty if it was not inspected."""
@@ -123,7 +124,7 @@ def verdict(sweep: Sweep, budget: float) -> str:
     rival = next((method for method in order if method not in OWN), None)
     if rival is None:
         return text
-    kind = "variant" if sweep.titles else "baseline"
+    kind = "variant" if sweep.variants else "baseline"
     against = f"the best {kind}, {sweep.title(rival)}" + (f" ({shown(rival)})" if rival != order[0] else "")
     for method in (m for m in order if m in OWN):
         lead = means[rival][0] - means[method][0]
