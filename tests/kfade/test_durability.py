@@ -171,7 +171,7 @@ def _learnt() -> tuple[dict[str, Tensor], kfade.Update]:
     """A model that has learnt everything, and the update that unlearns the forget set."""
     model = _llama()
     finetune(model, FORGET + RETAIN, TrainConfig(learning_rate=1e-2, epochs=60, warmup=0, schedule="constant"))
-    config = kfade.UnlearnConfig.published(kfade.FitConfig(), steps=1, kl_budget=0.05, objective="cross_entropy")
+    config = kfade.UnlearnConfig.published(kl_budget=0.05)
     return model.state_dict(), kfade.unlearn(model, FORGET, RETAIN, config)
 
 
