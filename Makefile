@@ -2,7 +2,7 @@
 # make test     the whole test suite, in an environment of its own (.venv-test)
 # make check    lint, format and types
 # make format   rewrite the code in its format
-# make report   unlearning methods against each other, in kfade-report (two hours; it can be interrupted and goes on)
+# make report   unlearning methods against each other, in kfade-report (an hour and a half; it can be interrupted and goes on)
 # make bench    benchmarks (slow; run nothing else meanwhile)
 # make sanitize the kernels in C++ over odd shapes, with AddressSanitizer and UndefinedBehaviorSanitizer
 # make clean    remove all of the above, but for kfade-report
