@@ -253,9 +253,12 @@ class UnlearnConfig:
         """The number of steps on a forget set of so many batches."""
         if self.steps is not None:
             return self.steps
-        one_pass = batches / min(batches, self.batches_per_step or batches)
-        few, many = (math.ceil(passes * one_pass) for passes in PASSES)
+        few, many = (self.steps_in(passes, batches) for passes in PASSES)
         return min(max(STEPS, few), many)
+
+    def steps_in(self, passes: float, batches: int) -> int:
+        """The number of steps that go so many times through a forget set of so many batches; at least 1."""
+        return max(1, math.ceil(passes * batches / min(batches, self.batches_per_step or batches)))
 
 
 # Where the number of steps is not given: so many, but between so many passes over the forget set.

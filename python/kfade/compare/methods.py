@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
@@ -75,8 +74,7 @@ def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> 
 
 def within(config: UnlearnConfig, batches: int, epochs: float) -> UnlearnConfig:
     """The configuration with no more steps than so many passes over so many forget batches have."""
-    each = batches if config.batches_per_step is None else min(config.batches_per_step, batches)
-    return replace(config, steps=min(config.steps_over(batches), max(1, math.ceil(epochs * batches / each))))
+    return replace(config, steps=min(config.steps_over(batches), config.steps_in(epochs, batches)))
 
 
 def strength_of(config: Config) -> str:

@@ -266,8 +266,9 @@ class Model:
 
     def _retained(self, activations: float) -> float:
         """Bytes of freed activations that stay with the process; a fit with a limit gives them back at once."""
-        rows = self.load.rows * self.compute.itemsize * max(min(x.d_in, x.d_out) for x in self.layers)
-        keeps = self.on_cpu and self.config.device_memory is None and rows < MMAP_THRESHOLD
+        # The residual stream of a batch.
+        block = self.load.rows * self.compute.itemsize * max(min(x.d_in, x.d_out) for x in self.layers)
+        keeps = self.on_cpu and self.config.device_memory is None and block < MMAP_THRESHOLD
         return RETAINED * activations if keeps else 0.0
 
     def _decomposition(self, part: Sequence[Layer], base: tuple[float, float, float]) -> MemoryPlan:
