@@ -15,8 +15,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> str:
-    """Processor (or GPU), and the threads that were used."""
+def machine(threads: int | None = None) -> str:
+    """Processor (or GPU), and the threads that were used: so many, or those of this process."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -27,7 +27,7 @@ def machine() -> str:
                 break
     except OSError:
         pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {threads or torch.get_num_threads()} threads"
 
 
 def installed(package: str) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import RESULTS, append
+from records import RESULTS, append, machine
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -103,7 +103,7 @@ SETTINGS = {
         16, (1e-4, 3e-4, 1e-3),
     ),
     "tofu-smollm": Setting(
-        False, {"forget01": 5}, 10, 2, 40, None, TrainConfig(learning_rate=1e-4, epochs=5, **_TRAINING),
+        False, {"forget01": 5}, 10, 2, 16, None, TrainConfig(learning_rate=1e-4, epochs=5, **_TRAINING),
         8, (2e-5, 1e-4),
     ),
 }  # fmt: skip
@@ -450,6 +450,11 @@ def durability() -> list[str]:
     return [report.rows_section("Does it last?", note, kept)]
 
 
+def rows_of(sweeps: list[Sweep], threads: int) -> list[dict[str, Any]]:
+    """What is recorded of sweeps whose runs had so many threads each."""
+    return [{"machine": machine(threads), **row} for one in sweeps for row in one.rows()]
+
+
 def write(options: argparse.Namespace, sweeps: list[Sweep], notes: list[str]) -> Path:
     intros = [next((text for begin, text in INTROS.items() if s.name.startswith(begin)), "") for s in sweeps]
     lead = f"{os.cpu_count()} cores; {options.workers} runs at a time with one thread each for ToFU, one with all for"
@@ -459,6 +464,7 @@ def write(options: argparse.Namespace, sweeps: list[Sweep], notes: list[str]) ->
 
 def run(options: argparse.Namespace) -> None:
     sweeps: list[Sweep] = []
+    rows: list[dict[str, Any]] = []
     notes: list[str] = []
     stages = [s for s in SETTINGS if s in options.stages or (s == "tofu" and "ablation" in options.stages)]
     if stages:
@@ -473,7 +479,9 @@ def run(options: argparse.Namespace) -> None:
         with ProcessPoolExecutor(options.workers, context, start_worker, (options,)) as pool:
             try:
                 for stage in stages:
-                    sweeps += tofu_sweeps(options, pool, stage)
+                    found = tofu_sweeps(options, pool, stage)
+                    sweeps += found
+                    rows += rows_of(found, 1)
                     write(options, sweeps, notes)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -487,6 +495,7 @@ def run(options: argparse.Namespace) -> None:
         else:
             torch.set_num_threads(options.workers)
             sweeps.append(smollm(options))
+            rows += rows_of(sweeps[-1:], options.workers)
     if not sweeps:
         raise SystemExit("nothing was compared")
     path = write(options, sweeps, notes)
@@ -494,7 +503,7 @@ def run(options: argparse.Namespace) -> None:
         for budget in one.options.budgets:
             print(f"{one.name}. {verdict(one, budget)}")
     if not options.no_record:
-        print(f"recorded in {append('unlearning', [row for one in sweeps for row in one.rows()])}")
+        print(f"recorded in {append('unlearning', rows)}")
     print(f"report: {path}")
 
 

@@ -169,13 +169,15 @@ class UnlearnConfig:
             the probabilities that the original model gives the labels: of what it has memorised it is too sure (2),
             of what it knows a little it is not (1).
         npo_beta: inverse temperature of `npo`.
-        steps: number of steps. None takes 80, but at most ten passes over the forget set and at least two.
+        steps: number of steps. None takes 80, but at most ten passes over the forget set and at least two. `distil`
+            ends before, where nothing is left: a pass over the forget set finds a hundredth of the loss that the first
+            one found, and the last retain batches are within the budget.
         batches_per_step: forget batches, and retain batches, of one step; None takes all of both.
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
             `step_size` is given.
         step_share: what the first of several steps is measured to cost, as a share of the budget. Later ones have its
-            predicted KL, shrinking to nothing linearly in length, and less where the KL on the way is more than four
-            times the budget. A single step has the length that the measured KL allows.
+            predicted KL, but ten times its η at most, both shrinking to nothing linearly, and are shorter where the KL
+            on the way is more than four times the budget. A single step has the length that the measured KL allows.
         step_size: η of every step, instead of a budget.
         retain_weight: c, the weight of the gradient of the retain KL in the first steps; 0 leaves it out. Later it
             follows the measured KL where there is a budget: at each step it is multiplied by the share of the budget

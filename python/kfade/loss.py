@@ -369,8 +369,8 @@ class Head:
         Args:
             rows: of the model as it is, whose outputs are p.
             reference: rows of the original model at the same positions.
-            target: how q is made from the original outputs, and which rows have a gradient; None takes them as they
-                are, and all.
+            target: how q is made from the original outputs, and which rows count; others have a KL and a gradient of 0.
+                None takes them as they are, and all.
             gradient: whether the gradient is wanted; without, what is returned for it is empty.
         """
         weight, bias = self.weight, self.bias
@@ -389,10 +389,12 @@ class Head:
                 logs.append(logits.log_softmax(-1))
             log_q, log_p = logs
             q = log_q.exp()
+            known = None if target is None else target.known(log_p, log_q, part)
             divergence[part] = (q * (log_q - log_p)).sum(-1).double()
+            if known is not None:
+                divergence[part] *= known.squeeze(1)
             if not gradient:
                 continue
-            known = None if target is None else target.known(log_p, log_q, part)
             difference = log_p.exp_().sub_(q)
             if known is not None:
                 difference *= known

@@ -121,7 +121,7 @@ def _whole_steps(axes: Any, last: int) -> None:
 def _course(report: UnlearnReport, key: str, start: float) -> tuple[list[int], list[float]]:
     """Steps, and a figure of the states after them; the last is what was kept."""
     end = [] if report.outcome is None else [report.outcome]
-    total = report.config.get("steps", 1)
+    total = report.steps[-1].number if report.steps else 1
     looks = [step for step in report.steps if not end or step.number < total]
     numbers = [0, *(step.number for step in looks), *[total] * len(end)]
     return numbers, _finite([start, *(getattr(state, key) for state in (*looks, *end))])

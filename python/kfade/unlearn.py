@@ -8,8 +8,10 @@ with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 26
 the forget set: minus its loss, or the KL from outputs that do not know the labels. By default there are many steps. The
 first is *measured* to cost a share of the budget on held-out retain sequences, and what is predicted of it,
 `½ η² dᵀ(F + λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a hundredfold
-between models, but little between steps. On the way c follows the KL of each step's retain batch, which its gradient
-needs anyway, so that the path ends near the budget; at the end the whole change is scaled down into it. A single step
+between models, but little between steps. But η is never many times the first: what is forgotten has no gradient, and a
+step of a length that is kept would make much of the little that is left. On the way c follows the KL of each step's
+retain batch, which its gradient needs anyway, so that the path ends near the budget, or before, where nothing is left
+to forget; at the end the whole change is scaled down into it, or up where much of it is left. A single step
 (`UnlearnConfig.published`) has the largest length found whose measured KL is within the budget. Steps of merely
 predicted size diverge.
 """
@@ -53,6 +55,12 @@ GLANCE = 32
 OFF = 4.0
 PULL = (0.5, 4.0)
 PULLS = 16
+# η is at most so many times that of the first step, falling as all lengths do.
+GROWTH = 10.0
+# Nothing is left where a pass over the forget set finds less than this share of the loss that the first one found.
+LEFT = 0.01
+# Many steps that leave something, and spend less than this share of the budget, are made longer together at the end.
+SPARE = 0.5
 
 
 def npo_weights(nll: Tensor, start: Tensor, beta: float) -> Tensor:
@@ -102,7 +110,7 @@ def unlearn(
         config: options; see UnlearnConfig.
         curvature: of the retain set, fitted before; `config.fit` is then used for refits alone.
         progress: where to show progress and record costs.
-        every: call `observe` after each so many steps; 0 never.
+        every: call `observe` after each so many steps, and after the last if nothing is left to forget; 0 never.
         observe: is told the steps taken and the seconds of unlearning so far, its own and looks on the way left out,
             with the model as the steps have made it, not yet scaled.
         store: a directory in which the fit saves itself, and goes on where it was cut off; see `kfade.fit`. Refits
@@ -192,8 +200,13 @@ class _Stepper:
         assert config.steps is not None
         self._steps = config.steps
         self._predicted, self._retain_weight = 0.0, config.retain_weight
+        self._longest = math.inf
+        # Of the batches of one step, and the sums of the forget set's by step.
         self._retain_kl: list[Tensor] = []
-        self._recent = (0.0, 0.0)
+        self._forget_kl: list[Tensor] = []
+        self._forget_losses: list[float] = []
+        self._recent, self._spent = (0.0, 0.0), 0.0
+        self._forgotten = False
         self._forgets = self._order(forget, count, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
         needed = config.retain_weight or config.cg_iterations
@@ -234,6 +247,7 @@ class _Stepper:
             target = Ignorance(batch.targets, config.margin, self._target_temperature)
             divergence, grad = self.run.head.kl(rows, self._forget_rows[batch.index], target=target)
             require_finite(divergence, batch, "the forget loss")
+            self._forget_kl.append(divergence)
             return grad
         _, grad, nll = self.run.head.labelled(rows, batch)
         require_finite(nll, batch, "the forget loss")
@@ -256,7 +270,7 @@ class _Stepper:
         parts: list[Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
         if config.retain_weight:
             parts.append((self._retain_weight, kept, self._retain_on_rows))
-        self._retain_kl = []
+        self._retain_kl, self._forget_kl = [], []
         gradient = self.run.gradient(parts, stage)
         if config.cg_iterations:
             solved = conjugate_gradients(
@@ -294,7 +308,8 @@ class _Stepper:
             return 0.0
         if number == 1:
             self._predicted = self._first_prediction(direction, half_square)
-        return (1 - (number - 1) / self._steps) * math.sqrt(self._predicted / half_square)
+            self._longest = GROWTH * math.sqrt(self._predicted / half_square)
+        return (1 - (number - 1) / self._steps) * min(self._longest, math.sqrt(self._predicted / half_square))
 
     def _first_prediction(self, direction: Matrices, half_square: float) -> float:
         """The predicted KL of a first step that is measured to cost its share of the budget.
@@ -333,20 +348,20 @@ class _Stepper:
                     self._refits += 1
                 weight = self._retain_weight
                 direction, half_square = self._direction(number, stage)
-                if config.kl_budget is not None and config.retain_weight and number > 1:
-                    own = [float(sum(kl.sum() for kl in self._retain_kl)), sum(map(len, self._retain_kl))]
-                    divergence, count = self.run.ranks.sums(own)
-                    self._follow(divergence, count)
+                self._forgotten = self._adapt(number)
                 eta = self._step_size(number, direction, half_square)
                 for name, matrix in direction.items():
                     self.change[name].add_(matrix, alpha=eta)
                 self.run.set_change(self.change)
                 self._seconds += time.perf_counter() - begin
                 self.report.tokens += tokens[number - 1]
-                if number in looks:
+                if number in looks or self._forgotten:
                     self._look(number, eta, weight)
-                if observe is not None and number % every == 0:
+                if observe is not None and (number % every == 0 or self._forgotten):
                     observe(number, self._seconds)
+                if self._forgotten:
+                    self.progress.say(f"nothing is left to forget after {number} of at most {steps} steps")
+                    break
 
     def _begin(self) -> None:
         """Nothing is changed, of the layers that this rank owns."""
@@ -372,6 +387,20 @@ class _Stepper:
         if self.config.kl_budget is not None and not self.config.retain_weight:
             self._shorten(kl / self.config.kl_budget)
 
+    def _adapt(self, number: int) -> bool:
+        """Adapt to what a step's own batches have shown; whether nothing is left to forget, within the budget."""
+        retained = [float(sum(kl.sum() for kl in self._retain_kl)), sum(map(len, self._retain_kl))]
+        forgotten = float(sum(kl.sum() for kl in self._forget_kl))
+        divergence, count, loss = self.run.ranks.sums([*retained, forgotten])
+        if self.config.kl_budget is not None and self.config.retain_weight and number > 1:
+            self._follow(divergence, count)
+        if self.config.objective != "distil":
+            return False
+        losses = self._forget_losses
+        losses.append(loss)
+        a_pass = self.config.steps_in(1, len(self.forget))
+        return sum(losses[-a_pass:]) < LEFT * sum(losses[:a_pass]) and self._spent <= 1
+
     def _follow(self, divergence: float, count: float) -> None:
         """Pull harder to the original outputs where more than the budget is spent, less where less is."""
         budget = self.config.kl_budget
@@ -379,9 +408,9 @@ class _Stepper:
         # A mean over tokens, as the budget is: batches of short answers cost more a token than those of long texts.
         finite = divergence if math.isfinite(divergence) else 1e3 * OFF * budget * count
         self._recent = (self._recent[0] / 2 + finite, self._recent[1] / 2 + count)
-        spent = self._recent[0] / self._recent[1] / budget
-        self._retain_weight *= min(PULL[1], max(PULL[0], spent)) ** min(1.0, PULLS / self._steps)
-        self._shorten(spent)
+        self._spent = self._recent[0] / self._recent[1] / budget
+        self._retain_weight *= min(PULL[1], max(PULL[0], self._spent)) ** min(1.0, PULLS / self._steps)
+        self._shorten(self._spent)
 
     def _shorten(self, spent: float) -> None:
         """Take shorter steps from where far more than the budget is spent."""
@@ -440,9 +469,17 @@ class _Stepper:
             return float(finite), [Trial(1.0, unit, kl)], "" if finite else "the measured KL is not finite"
         target, alone = self.config.kl_budget, self._steps == 1
         assert target is not None
-        # Many steps were told where to stop: they are never made longer.
-        first = math.sqrt(target / unit) if alone and unit > 0 else 1.0
-        scale, trials = search_step_size(
-            measure, lambda x: x * x * unit, first, 0.0, target, self.config.trials, math.inf if alone else 1.0
-        )
+
+        def search(first: float, trials: int, limit: float) -> tuple[float, list[Trial]]:
+            return search_step_size(measure, lambda x: x * x * unit, first, 0.0, target, trials, limit)
+
+        if alone:
+            scale, trials = search(math.sqrt(target / unit) if unit > 0 else 1.0, self.config.trials, math.inf)
+        else:
+            scale, trials = search(1.0, self.config.trials, 1.0)
+            kl = trials[0].measured_kl
+            # Many steps that end near the budget were told where to stop, and are not made longer.
+            if scale == 1 and 0 < kl < SPARE * target and not self._forgotten and self.config.trials > 1:
+                longer, more = search(math.sqrt(target / kl), self.config.trials - 1, math.inf)
+                scale, trials = max(scale, longer), trials + more
         return scale, trials, "" if scale else f"no trial met the retain-KL budget of {target:.4g} nats a token"

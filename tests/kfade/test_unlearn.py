@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,9 @@ from kfade.moved import MovedModel
 from kfade.outcome import Trial
 from kfade.step_size import search_step_size
 from kfade.unlearn import _half_square, _scaled, npo_weights
+
+# The package has the function under this name.
+unlearning = sys.modules["kfade.unlearn"]
 
 WORDS = 31
 Batches = list[dict[str, Tensor]]
@@ -223,6 +227,71 @@ def test_steps_predict_what_the_first_was_measured_to_cost(share: float, shorten
     assert (factor < 1) == shortened
 
 
+# Of a model that is to lose what it knows at any price.
+RUTHLESS = kfade.UnlearnConfig(steps=40, kl_budget=5.0, step_share=0.02, retain_weight=0.1, damping=0.1)
+
+
+def test_steps_do_not_grow_as_what_they_descend_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """η of the predicted length, but at most so many times the first; both fall to nothing."""
+    monkeypatch.setattr(unlearning, "LEFT", 0.0)
+    config, runs = replace(RUTHLESS, steps=8), []
+    for growth in (2.0, math.inf):
+        monkeypatch.setattr(unlearning, "GROWTH", growth)
+        steps = kfade.unlearn(llama(), batches(1, count=1), batches(2, 4), config).report.steps
+        assert len(steps) == 8
+        runs.append([step.eta / (1 - i / 8) for i, step in enumerate(steps)])
+    kept, free = runs
+    assert max(free) > 10 * free[0]
+    limit = pytest.approx(2 * free[0])
+    first = next(i for i, eta in enumerate(free) if eta > 2 * free[0])
+    assert kept[:first] == free[:first] and kept[first] == limit
+    assert all(eta < 2 * free[0] or eta == limit for eta in kept)
+
+
+def test_a_run_ends_where_nothing_is_left_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a pass that found a hundredth of what the first found, if retain batches are within the budget."""
+    (learnt,) = batches(1, count=1)
+    forget, retain = [{k: v[i : i + 2] for k, v in learnt.items()} for i in (0, 2)], batches(2, count=4)
+
+    def last(observed: list[int] | None = None) -> int:
+        seen = [] if observed is None else observed
+        update = kfade.unlearn(llama(), forget, retain, RUTHLESS, every=5, observe=lambda n, _: seen.append(n))
+        assert update.norm() > 0
+        return update.report.steps[-1].number
+
+    observed: list[int] = []
+    end = last(observed)
+    assert 2 < end < 40 and end % 5 and observed == [*range(5, end, 5), end]
+    # Nor before: the steps up to it are those of a run that goes on.
+    monkeypatch.setattr(unlearning, "LEFT", 0.0)
+    assert last() == 40
+    monkeypatch.undo()
+    follow = unlearning._Stepper._follow
+
+    def over(self: object, divergence: float, count: float) -> None:
+        follow(self, divergence, count)
+        self._spent = 1.5
+
+    monkeypatch.setattr(unlearning._Stepper, "_follow", over)
+    assert last() == 40
+
+
+@pytest.mark.parametrize("share, longer", [(1e-4, True), (1.0, False)])
+def test_steps_that_leave_much_of_the_budget_are_made_longer_together(share: float, longer: bool) -> None:
+    config = kfade.UnlearnConfig(steps=4, kl_budget=0.02, step_share=share)
+    end = kfade.unlearn(llama(), batches(1, 2), batches(2, 4), config).report.outcome
+    assert end is not None and end.trials[0].eta == 1.0
+    assert (end.trials[0].measured_kl < 0.5 * 0.02) == longer == (end.scale > 1)
+    assert end.measured_kl <= 0.02 and (not longer or end.measured_kl >= 0.9 * 0.02)
+
+
+def test_steps_that_leave_nothing_are_not_made_longer() -> None:
+    config = replace(RUTHLESS, kl_budget=50.0, step_share=0.002)
+    report = kfade.unlearn(llama(), batches(1, count=1), batches(2, 4), config).report
+    assert report.outcome is not None and report.steps[-1].number < 40
+    assert report.outcome.scale == 1 and report.outcome.measured_kl < 25 and len(report.outcome.trials) == 1
+
+
 def test_steps_are_as_many_as_the_forget_set_asks_for() -> None:
     config = kfade.UnlearnConfig()
     assert [config.steps_over(n) for n in (1, 3, 8, 40, 41, 500)] == [10, 30, 80, 80, 82, 1000]
@@ -382,7 +451,7 @@ def test_the_target_does_not_know_the_label(projected: bool) -> None:
     known = likelier(project(leaf).log_softmax(-1).detach(), (lowered / 2).softmax(-1), batch.targets)
     assert known.any() and not known.all()
     plain[known].sum().backward()
-    torch.testing.assert_close(value, plain.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(value, plain.detach() * known.squeeze(-1), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-10, atol=1e-12)
 
 

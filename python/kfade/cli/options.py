@@ -278,7 +278,7 @@ Steps = Annotated[
     int | None,
     typer.Option(
         "--steps",
-        help="Steps.",
+        help="Steps, at most: a run ends where nothing is left to forget.",
         show_default=f"{STEPS}, within {PASSES[0]} to {PASSES[1]} passes over the forget set",
         rich_help_panel=STEP,
     ),
