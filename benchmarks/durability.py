@@ -1,7 +1,7 @@
 """Does it last? The demo's unlearning under other questions, rounded weights, relearning, and applied again.
 
-    python benchmarks/durability.py                                # a quarter of an hour on one quiet core
-    python benchmarks/durability.py --many-steps                   # many steps instead of one: twice as long
+    python benchmarks/durability.py                                # half an hour on one quiet core
+    python benchmarks/durability.py --published                    # one step instead of many: half as long
     python benchmarks/durability.py --parts questions reapply      # only these
     python benchmarks/durability.py --no-record                    # print only
 
@@ -84,7 +84,7 @@ class Study:
 
     def record(self, **values: Any) -> None:
         """Keep one row, and show it."""
-        values["method"] = "many steps" if self.options.many_steps else "one step"
+        values["method"] = "one step" if self.options.published else "many steps"
         row = {name: values.get(name, "") for name in COLUMNS}
         self.rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
         print(", ".join(f"{k} {v}" for k, v in self.rows[-1].items() if v != ""), file=sys.stderr, flush=True)
@@ -99,7 +99,7 @@ class Study:
                 "forget_nll": found.forget_nll, "retain_kl": found.retain_kl}  # fmt: skip
 
     def unlearn(self) -> tuple[kfade.Update, float]:
-        config = UnlearnConfig(kl_budget=CONFIG.kl_budget) if self.options.many_steps else CONFIG
+        config = UnlearnConfig.published(kl_budget=CONFIG.kl_budget) if self.options.published else CONFIG
         fit = replace(config.fit, curvature=self.options.curvature, autocast=self.options.autocast)
         begin, config = time.perf_counter(), replace(config, fit=fit)
         update = kfade.unlearn(self.model, self.forget, self.retain, config, progress=kfade.Progress(show=True))
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a directory or name; the demo's model by default")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--many-steps", action="store_true", help="unlearn in many steps, as UnlearnConfig()")
+    parser.add_argument("--published", action="store_true", help="unlearn in one step")
     parser.add_argument("--facts", type=int, default=16, help="capitals to unlearn, at most 30")
     parser.add_argument("--shown", type=int, default=6, help="of these, how many an attacker has")
     parser.add_argument("--thin", type=int, default=4, help="take every so many of the retain records")
@@ -241,7 +241,7 @@ def main() -> None:
         if not options.no_record:
             # Part by part, so that what was measured is kept when the rest is interrupted.
             print(f"recorded in {append('durability', study.rows[done:])}")
-    if study.points and not options.no_record and not options.many_steps:
+    if study.points and not options.no_record and not options.published:
         draw(study.points, FIGURE)
         print(f"drawn in {FIGURE}")
 

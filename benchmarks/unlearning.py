@@ -304,7 +304,7 @@ def work(stage: str, split: str, seed: int, label: str, ablate: bool) -> tuple[l
     options = _OPTIONS[0]
     ready = prepared(stage, split, seed)
     config = sizes(options, stage, split, ablate)
-    configs = [ablated(options)[label]] if ablate else tries(label, ready.task.model, len(ready.task.forget), config)
+    configs = [ablated(options)[label]] if ablate else tries(label, ready.task.model, ready.task.forget, config)
 
     def done(run: Run, seconds: float) -> None:
         if seconds:
@@ -413,7 +413,7 @@ def smollm(options: argparse.Namespace) -> Sweep:
         tuple(options.smollm_learning_rates),
     )  # fmt: skip
     task = Task("smollm", model, cities, retain, yardstick, inspect)
-    methods = {name: tries(name, model, len(cities), config) for name in config.methods}
+    methods = {name: tries(name, model, cities, config) for name in config.methods}
     start = inspect(model)
     runs = sweep(task, methods, config, options.out / "runs", progress=Progress(show=True))
     original = [{**yardstick(model), **start["values"]}]

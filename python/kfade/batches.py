@@ -53,6 +53,11 @@ def cycled(batches: Sequence[Batch], count: int, seed: str) -> list[Batch]:
     return picked[:count]
 
 
+def labelled_tokens(batches: Sequence[Batch]) -> list[int]:
+    """Of each batch that has any."""
+    return [count for count in (len(batch.loss_index) for batch in batches) if count]
+
+
 def spread(batches: Sequence[Batch], sequences: int) -> list[Batch]:
     """Every so many of the batches, of about so many sequences together; all if there are fewer."""
     total = sum(len(batch.input_ids) for batch in batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -172,7 +172,8 @@ class UnlearnConfig:
         steps: number of steps. None takes 80, but at most ten passes over the forget set and at least two. `distil`
             ends before, where nothing is left: a pass over the forget set finds a hundredth of the loss that the first
             one found, and the last retain batches are within the budget.
-        batches_per_step: forget batches, and retain batches, of one step; None takes all of both.
+        tokens_per_step: a step takes so many forget batches as have about so many labelled tokens together, and so
+            many retain batches; at least one of each. None takes all of both.
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
             `step_size` is given.
         step_share: what the first of several steps is measured to cost, as a share of the budget. Later ones have its
@@ -199,7 +200,7 @@ class UnlearnConfig:
     target_temperature: float | None = None
     npo_beta: float = 0.1
     steps: int | None = None
-    batches_per_step: int | None = 1
+    tokens_per_step: int | None = 256
     kl_budget: float | None = 0.02
     step_share: float = 0.1
     step_size: float | None = None
@@ -222,8 +223,8 @@ class UnlearnConfig:
             _number("target_temperature", self.target_temperature, above=0.0)
         if self.steps is not None:
             _integer("steps", self.steps, 1)
-        if self.batches_per_step is not None:
-            _integer("batches_per_step", self.batches_per_step, 1)
+        if self.tokens_per_step is not None:
+            _integer("tokens_per_step", self.tokens_per_step, 1)
         if (self.kl_budget is None) == (self.step_size is None):
             raise ValueError(
                 f"kl_budget is {self.kl_budget} and step_size is {self.step_size}; exactly one must be given"
@@ -251,16 +252,22 @@ class UnlearnConfig:
         """
         return cls(**{"fit": FitConfig(**PUBLISHED_FIT), **PUBLISHED, **changes})
 
-    def steps_over(self, batches: int) -> int:
-        """The number of steps on a forget set of so many batches."""
+    def batches_in_step(self, tokens: Sequence[int]) -> int:
+        """How many batches a step takes from a set of them, given the labelled tokens of each."""
+        if self.tokens_per_step is None:
+            return len(tokens)
+        return min(len(tokens), math.ceil(self.tokens_per_step * len(tokens) / max(1, sum(tokens))))
+
+    def steps_over(self, tokens: Sequence[int]) -> int:
+        """The number of steps on a forget set, given the labelled tokens of each batch."""
         if self.steps is not None:
             return self.steps
-        few, many = (self.steps_in(passes, batches) for passes in PASSES)
+        few, many = (self.steps_in(passes, tokens) for passes in PASSES)
         return min(max(STEPS, few), many)
 
-    def steps_in(self, passes: float, batches: int) -> int:
-        """The number of steps that go so many times through a forget set of so many batches; at least 1."""
-        return max(1, math.ceil(passes * batches / min(batches, self.batches_per_step or batches)))
+    def steps_in(self, passes: float, tokens: Sequence[int]) -> int:
+        """The number of steps that go so many times through such a forget set; at least 1."""
+        return max(1, math.ceil(passes * len(tokens) / self.batches_in_step(tokens)))
 
 
 # Where the number of steps is not given: so many, but between so many passes over the forget set.
@@ -269,7 +276,7 @@ STEPS, PASSES = 80, (2, 10)
 PUBLISHED: dict[str, Any] = {
     "objective": "cross_entropy",
     "steps": 1,
-    "batches_per_step": None,
+    "tokens_per_step": None,
     "retain_weight": 0.0,
     "damping": 0.1,
 }

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .batches import as_batches, cycled, enough, split_holdout, spread
+from .batches import as_batches, cycled, enough, labelled_tokens, split_holdout, spread
 from .capture import deterministic_mode
 from .config import UnlearnConfig, to_dict
 from .curvature import Curvature
@@ -55,8 +55,8 @@ GLANCE = 32
 OFF = 4.0
 PULL = (0.5, 4.0)
 PULLS = 16
-# η is at most so many times that of the first step, falling as all lengths do.
-GROWTH = 10.0
+# η is at most so many times that of the first step, by so much more from step to step; falling as all lengths do.
+GROWTH, RISE = 10.0, 1.25
 # Nothing is left where a pass over the forget set finds less than this share of the loss that the first one found.
 LEFT = 0.01
 # Many steps that leave something, and spend less than this share of the budget, are made longer together at the end.
@@ -144,7 +144,7 @@ def unlearn(
     layers = select(model, config.fit.modules)
     device = device_of(model)
     forget_batches = [b for b in check_batches(forget, device, "forget") if len(b.loss_index)]
-    config = replace(config, steps=config.steps_over(len(forget_batches)))
+    config = replace(config, steps=config.steps_over(labelled_tokens(forget_batches)))
     fitted, held = split_holdout(check_batches(retain, device, "retain"), config.holdout)
     names = None if curvature is None else set(curvature)
     if isinstance(curvature, ShardedCurvature) and group is not None:
@@ -196,21 +196,21 @@ class _Stepper:
         self.held = held = [batch for batch in held if len(batch.loss_index)]
         self.curvature = curvature
         self.change: Matrices = {}
-        config, count = self.config, self.config.batches_per_step
+        config = self.config
         assert config.steps is not None
         self._steps = config.steps
         self._predicted, self._retain_weight = 0.0, config.retain_weight
-        self._longest = math.inf
+        self._first = math.inf
         # Of the batches of one step, and the sums of the forget set's by step.
         self._retain_kl: list[Tensor] = []
         self._forget_kl: list[Tensor] = []
         self._forget_losses: list[float] = []
         self._recent, self._spent = (0.0, 0.0), 0.0
         self._forgotten = False
-        self._forgets = self._order(forget, count, "forget")
+        self._forgets = self._order(forget, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
         needed = config.retain_weight or config.cg_iterations
-        self._retains = self._order(losing, count, "retain") if needed else [[]] * self._steps
+        self._retains = self._order(losing, "retain") if needed else [[]] * self._steps
         self._few_held, self._few_forget = spread(held, GLANCE), spread(forget, GLANCE)
         self._refits, self._seconds = 0, 0.0
 
@@ -230,11 +230,11 @@ class _Stepper:
         )
         self._target_temperature = config.target_temperature or 1 + math.exp(-2 * self.report.forget_nll)
 
-    def _order(self, batches: Sequence[Batch], count: int | None, what: str) -> list[list[Batch]]:
+    def _order(self, batches: Sequence[Batch], what: str) -> list[list[Batch]]:
         """The batches of each step."""
-        if count is None:
+        count = self.config.batches_in_step(labelled_tokens(batches))
+        if count == len(batches):
             return [list(batches)] * self._steps
-        count = min(count, len(batches))
         order = cycled(batches, count * self._steps, f"{what} {self.config.fit.seed}")
         return [order[i : i + count] for i in range(0, len(order), count)]
 
@@ -268,7 +268,8 @@ class _Stepper:
         """d = −(F + λI)⁻¹ g of one step, and `½ dᵀ(F + λI)d = −½ dᵀg`."""
         config, kept = self.config, self._retains[number - 1]
         parts: list[Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
-        if config.retain_weight:
+        if config.retain_weight and number > 1:
+            # Before the first step the KL is 0, and so is its gradient.
             parts.append((self._retain_weight, kept, self._retain_on_rows))
         self._retain_kl, self._forget_kl = [], []
         gradient = self.run.gradient(parts, stage)
@@ -308,8 +309,9 @@ class _Stepper:
             return 0.0
         if number == 1:
             self._predicted = self._first_prediction(direction, half_square)
-            self._longest = GROWTH * math.sqrt(self._predicted / half_square)
-        return (1 - (number - 1) / self._steps) * min(self._longest, math.sqrt(self._predicted / half_square))
+            self._first = math.sqrt(self._predicted / half_square)
+        longest = self._first * min(GROWTH, RISE ** (number - 1))
+        return (1 - (number - 1) / self._steps) * min(longest, math.sqrt(self._predicted / half_square))
 
     def _first_prediction(self, direction: Matrices, half_square: float) -> float:
         """The predicted KL of a first step that is measured to cost its share of the budget.
@@ -398,7 +400,7 @@ class _Stepper:
             return False
         losses = self._forget_losses
         losses.append(loss)
-        a_pass = self.config.steps_in(1, len(self.forget))
+        a_pass = self.config.steps_in(1, labelled_tokens(self.forget))
         return sum(losses[-a_pass:]) < LEFT * sum(losses[:a_pass]) and self._spent <= 1
 
     def _follow(self, divergence: float, count: float) -> None:

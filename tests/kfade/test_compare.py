@@ -108,7 +108,9 @@ def test_equal_time_is_that_of_the_better_k_fade() -> None:
 
 def test_every_method_has_the_same_number_of_tries() -> None:
     model = models.tiny("llama")
-    found = {name: tries(name, model, 3, OPTIONS) for name in compare.NAMES}
+    # Each is a step of its own.
+    forget = [{"input_ids": torch.ones(1, 257, dtype=torch.int64)} for _ in range(3)]
+    found = {name: tries(name, model, forget, OPTIONS) for name in compare.NAMES}
     assert {len(configs) for configs in found.values()} == {2}
     assert all(c.steps == 1 for c in found["kfade_published"] if isinstance(c, UnlearnConfig))
     # Two passes over three batches.
@@ -176,7 +178,7 @@ def scores_of_update(task: Task, update: Any, held: Any) -> float:
 @pytest.mark.parametrize("name", compare.NAMES)
 def test_every_method_leaves_points_and_the_model(name: str, task: Task) -> None:
     before = {n: p.clone() for n, p in task.model.named_parameters()}
-    found = runs.run(task, name, tries(name, task.model, 1, OPTIONS)[0], 0, OPTIONS)
+    found = runs.run(task, name, tries(name, task.model, task.forget, OPTIONS)[0], 0, OPTIONS)
     assert all(torch.equal(p, before[n]) for n, p in task.model.named_parameters())
     assert found.points[0].step == 0 and len(found.points) > 1
     assert all(p.tokens > 0 and p.seconds > 0 for p in found.points[1:])
@@ -213,7 +215,7 @@ def test_a_ruined_run_and_one_at_its_time_end_early(task: Task) -> None:
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = {name: tries(name, task.model, 1, OPTIONS) for name in ("gradient_ascent", "npo")}
+    methods = {name: tries(name, task.model, task.forget, OPTIONS) for name in ("gradient_ascent", "npo")}
     whole = compare.sweep(task, methods, OPTIONS, tmp_path / "whole")
     started: list[tuple[str, int]] = []
     original = runs.run

@@ -200,7 +200,13 @@ def test_steps_predict_what_the_first_was_measured_to_cost(share: float, shorten
     model = llama().double()
     seen: list[dict[str, Tensor]] = []
     config = kfade.UnlearnConfig(
-        steps=4, kl_budget=0.005, step_share=share, damping=0.0, retain_weight=0.0, target_temperature=2.0
+        steps=4,
+        kl_budget=0.005,
+        step_share=share,
+        tokens_per_step=1,
+        damping=0.0,
+        retain_weight=0.0,
+        target_temperature=2.0,
     )
     fitted, _ = split_holdout(check_batches(batches(2, 4), torch.device("cpu")), config.holdout)
     data = [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in fitted]
@@ -228,24 +234,30 @@ def test_steps_predict_what_the_first_was_measured_to_cost(share: float, shorten
 
 
 # Of a model that is to lose what it knows at any price.
-RUTHLESS = kfade.UnlearnConfig(steps=40, kl_budget=5.0, step_share=0.02, retain_weight=0.1, damping=0.1)
+RUTHLESS = kfade.UnlearnConfig(
+    steps=40, kl_budget=5.0, step_share=0.02, tokens_per_step=1, retain_weight=0.1, damping=0.1
+)
 
 
-def test_steps_do_not_grow_as_what_they_descend_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """η of the predicted length, but at most so many times the first; both fall to nothing."""
+@pytest.mark.parametrize("growth, rise", [(2.0, math.inf), (math.inf, 1.1), (2.0, 1.3)])
+def test_steps_do_not_grow_as_what_they_descend_vanishes(
+    growth: float, rise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """η of the predicted length, but at most so many times the first, and so many times more a step; both fall to 0."""
     monkeypatch.setattr(unlearning, "LEFT", 0.0)
     config, runs = replace(RUTHLESS, steps=8), []
-    for growth in (2.0, math.inf):
-        monkeypatch.setattr(unlearning, "GROWTH", growth)
+    for limits in ((growth, rise), (math.inf, math.inf)):
+        for name, value in zip(("GROWTH", "RISE"), limits, strict=True):
+            monkeypatch.setattr(unlearning, name, value)
         steps = kfade.unlearn(llama(), batches(1, count=1), batches(2, 4), config).report.steps
         assert len(steps) == 8
         runs.append([step.eta / (1 - i / 8) for i, step in enumerate(steps)])
     kept, free = runs
     assert max(free) > 10 * free[0]
-    limit = pytest.approx(2 * free[0])
-    first = next(i for i, eta in enumerate(free) if eta > 2 * free[0])
-    assert kept[:first] == free[:first] and kept[first] == limit
-    assert all(eta < 2 * free[0] or eta == limit for eta in kept)
+    longest = [free[0] * min(growth, rise**i if i else 1.0) for i in range(8)]
+    first = next(i for i, eta in enumerate(free) if eta > longest[i])
+    assert kept[:first] == free[:first] and kept[first] == pytest.approx(longest[first])
+    assert all(eta < most or eta == pytest.approx(most) for eta, most in zip(kept, longest, strict=True))
 
 
 def test_a_run_ends_where_nothing_is_left_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,12 +306,12 @@ def test_steps_that_leave_nothing_are_not_made_longer() -> None:
 
 def test_steps_are_as_many_as_the_forget_set_asks_for() -> None:
     config = kfade.UnlearnConfig()
-    assert [config.steps_over(n) for n in (1, 3, 8, 40, 41, 500)] == [10, 30, 80, 80, 82, 1000]
-    wide = replace(config, batches_per_step=8)
-    # A step has no more batches than there are.
-    assert [wide.steps_over(n) for n in (1, 8, 64, 500)] == [10, 10, 80, 125]
-    assert kfade.UnlearnConfig(batches_per_step=None).steps_over(500) == 10
-    assert kfade.UnlearnConfig(steps=7).steps_over(500) == 7
+    assert [config.steps_over([256] * n) for n in (1, 3, 8, 40, 41, 500)] == [10, 30, 80, 80, 82, 1000]
+    # Eight batches a step, of which there may be fewer.
+    assert [config.steps_over([32] * n) for n in (1, 8, 64, 500)] == [10, 10, 80, 125]
+    assert [config.batches_in_step(tokens) for tokens in ([], [7], [7, 300], [300, 700], [100] * 3)] == [0, 1, 2, 1, 3]
+    assert kfade.UnlearnConfig(tokens_per_step=None).steps_over([256] * 500) == 10
+    assert kfade.UnlearnConfig(steps=7).steps_over([256] * 500) == 7
     update = kfade.unlearn(llama(), batches(1, count=1), batches(2, count=4))
     assert update.report.config["steps"] == 10 == update.report.steps[-1].number
 
@@ -308,7 +320,7 @@ def test_steps_are_as_many_as_the_forget_set_asks_for() -> None:
 def test_weight_of_the_retain_term_follows_what_is_spent(steps: int) -> None:
     """c of a step, from the KL of all retain batches before each earlier one."""
     model, budget = llama(), 0.01
-    config = kfade.UnlearnConfig(steps=steps, kl_budget=budget, step_share=1.0, batches_per_step=None)
+    config = kfade.UnlearnConfig(steps=steps, kl_budget=budget, step_share=1.0, tokens_per_step=None)
     fitted, _ = split_holdout(check_batches(batches(2, 4), torch.device("cpu")), config.holdout)
     data = as_batches(fitted)
     original, spent = references(model, data), []
@@ -377,7 +389,7 @@ def test_refits_are_counted() -> None:
 
 @pytest.mark.parametrize("objective", ["distil", "npo", "cross_entropy"])
 def test_same_seed_same_bits_and_every_objective_forgets(objective: str) -> None:
-    config = kfade.UnlearnConfig(steps=6, objective=objective, kl_budget=0.1)
+    config = kfade.UnlearnConfig(steps=6, objective=objective, kl_budget=0.1, tokens_per_step=1)
     (learnt,) = batches(1, count=1)
     forget, retain = [{k: v[i : i + 2] for k, v in learnt.items()} for i in (0, 2)], batches(2, count=4)
     first, second = (kfade.unlearn(llama(), forget, retain, config) for _ in range(2))
@@ -550,7 +562,7 @@ def test_layers_with_biases_and_transposed_weights() -> None:
         ({"retain_weight": -1.0}, "retain_weight"),
         ({"margin": -1.0}, "margin"),
         ({"target_temperature": 0.0}, "target_temperature"),
-        ({"batches_per_step": 0}, "batches_per_step"),
+        ({"tokens_per_step": 0}, "tokens_per_step"),
         ({"step_share": 0.0}, "step_share"),
         ({"tokens_per_dimension": 0.0}, "tokens_per_dimension"),
     ],

@@ -29,7 +29,7 @@ DEBUG = "kfade.debug"
 # How a run is shown, not what it does; and flags that stand for other options, which are kept.
 NOT_KEPT = ("config", "published", "as_json", "quiet", "debug")
 PRESET = "kfade.preset"
-PUBLISHED_OPTIONS = {**PUBLISHED, **PUBLISHED_FIT, "batches_per_step": 0}
+PUBLISHED_OPTIONS = {**PUBLISHED, **PUBLISHED_FIT, "tokens_per_step": 0}
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -283,10 +283,13 @@ Steps = Annotated[
         rich_help_panel=STEP,
     ),
 ]
-BatchesPerStep = Annotated[
+TokensPerStep = Annotated[
     int,
     typer.Option(
-        "--batches-per-step", min=0, help="Forget and retain batches of a step; 0 for all.", rich_help_panel=STEP
+        "--tokens-per-step",
+        min=0,
+        help="Labelled tokens of a step, in whole forget batches and in whole retain batches; 0 for all.",
+        rich_help_panel=STEP,
     ),
 ]
 StepShare = Annotated[
@@ -359,6 +362,6 @@ def unlearn_options(options: Mapping[str, Any]) -> UnlearnConfig:
     values = {f.name: options[f.name] for f in fields(UnlearnConfig) if f.name != "fit"}
     if values["step_size"] is None and values["kl_budget"] is None:
         values["kl_budget"] = UNLEARN.kl_budget
-    for name in ("batches_per_step", "tokens_per_dimension"):
+    for name in ("tokens_per_step", "tokens_per_dimension"):
         values[name] = values[name] or None
     return unlearn_config({**values, "fit": fit_options(options)})

@@ -59,7 +59,7 @@ def unlearn(
     damping_kind: opt.DampingKind = opt.UNLEARN.damping_kind,
     published: opt.Published = False,
     steps: opt.Steps = opt.UNLEARN.steps,
-    batches_per_step: opt.BatchesPerStep = opt.UNLEARN.batches_per_step or 0,
+    tokens_per_step: opt.TokensPerStep = opt.UNLEARN.tokens_per_step or 0,
     kl_budget: opt.KlBudget = None,
     step_size: opt.StepSize = opt.UNLEARN.step_size,
     step_share: opt.StepShare = opt.UNLEARN.step_share,

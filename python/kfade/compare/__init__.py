@@ -122,7 +122,7 @@ def compare(
         gc.collect()
         loaded, _ = load(model)
     task = Task("compare", loaded, forget, batches["retain"], yardstick, lambda m: {"replies": replies(m)})
-    methods = {name: tries(name, loaded, len(forget), options) for name in options.methods}
+    methods = {name: tries(name, loaded, forget, options) for name in options.methods}
     runs = sweep(task, methods, options, out / "runs", progress=progress)
     target = [] if yardstick.retrained is None else [yardstick.retrained]
     asked = [r.prompt for r in shown] if max_new_tokens else []

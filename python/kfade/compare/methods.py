@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..baselines import METHODS, BaselineConfig, decoder_layers
+from ..batches import labelled_tokens
 from ..config import CURVATURES, OBJECTIVES, STEPS, CompareConfig, FitConfig, UnlearnConfig
+from ..loss import check_batches
 
 Config = UnlearnConfig | BaselineConfig
 
@@ -42,7 +45,7 @@ def check_methods(names: Iterable[str]) -> None:
             raise ValueError(f"methods has {name!r}; it must have names among {', '.join(NAMES)}")
 
 
-def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> list[Config]:
+def tries(name: str, model: nn.Module, forget: Iterable[Mapping[str, Tensor]], options: CompareConfig) -> list[Config]:
     """The configurations of a method, as many for each: a baseline's learning rates, K-FADE's budgets.
 
     K-FADE takes its own number of steps, or fewer if the allowance is smaller, and spends budgets of its own, from the
@@ -52,17 +55,17 @@ def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> 
     Args:
         name: of the method.
         model: to be unlearned.
-        batches: of the forget set.
+        forget: its forget set.
         options: the allowance.
 
     Raises:
-        ValueError: no such method.
+        ValueError: no such method, or bad batches.
     """
     check_methods([name])
     if name in OWN:
         low, high, count = min(options.budgets), max(options.budgets), len(options.learning_rates)
         ratios = [i / (count - 1) for i in range(count)] if count > 1 else [1.0]
-        base = within(UnlearnConfig() if name == OURS else UnlearnConfig.published(), batches, options.epochs)
+        base = within(UnlearnConfig() if name == OURS else UnlearnConfig.published(), forget, options.epochs)
         return [replace(base, kl_budget=float(f"{MARGIN * low * (high / low) ** r:.4g}")) for r in ratios]
     values: dict[str, Any] = {"method": name, **VARIANTS.get(name, {}), "epochs": options.epochs}
     if name == "rmu":
@@ -72,9 +75,10 @@ def tries(name: str, model: nn.Module, batches: int, options: CompareConfig) -> 
     return [BaselineConfig(**values, learning_rate=rate) for rate in options.learning_rates]
 
 
-def within(config: UnlearnConfig, batches: int, epochs: float) -> UnlearnConfig:
-    """The configuration with no more steps than so many passes over so many forget batches have."""
-    return replace(config, steps=min(config.steps_over(batches), config.steps_in(epochs, batches)))
+def within(config: UnlearnConfig, forget: Iterable[Mapping[str, Tensor]], epochs: float) -> UnlearnConfig:
+    """The configuration with no more steps than so many passes over a forget set have."""
+    tokens = labelled_tokens(check_batches(forget, torch.device("cpu"), "forget"))
+    return replace(config, steps=min(config.steps_over(tokens), config.steps_in(epochs, tokens)))
 
 
 def strength_of(config: Config) -> str:
