@@ -169,9 +169,10 @@ class UnlearnConfig:
             the probabilities that the original model gives the labels: of what it has memorised it is too sure (2),
             of what it knows a little it is not (1).
         npo_beta: inverse temperature of `npo`.
-        steps: number of steps. None takes 80, but at most ten passes over the forget set and at least two. `distil`
-            ends before, where nothing is left: a pass over the forget set finds a hundredth of the loss that the first
-            one found, and the last retain batches are within the budget.
+        steps: number of steps. None takes one where a step takes the whole forget set, else 80, but at most ten passes
+            over it and at least two. Many steps of `distil` end before, where nothing is left: a pass over the forget
+            set finds a hundredth of the loss that the first one found, and the last retain batches are within the
+            budget.
         tokens_per_step: a step takes so many forget batches as have about so many labelled tokens together, and so
             many retain batches; at least one of each. None takes all of both.
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
@@ -262,6 +263,8 @@ class UnlearnConfig:
         """The number of steps on a forget set, given the labelled tokens of each batch."""
         if self.steps is not None:
             return self.steps
+        if self.batches_in_step(tokens) == len(tokens):
+            return 1
         few, many = (self.steps_in(passes, tokens) for passes in PASSES)
         return min(max(STEPS, few), many)
 

@@ -209,7 +209,7 @@ class _Stepper:
         self._forgotten = False
         self._forgets = self._order(forget, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
-        needed = config.retain_weight or config.cg_iterations
+        needed = (config.retain_weight and self._steps > 1) or config.cg_iterations
         self._retains = self._order(losing, "retain") if needed else [[]] * self._steps
         self._few_held, self._few_forget = spread(held, GLANCE), spread(forget, GLANCE)
         self._refits, self._seconds = 0, 0.0

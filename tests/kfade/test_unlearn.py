@@ -306,14 +306,16 @@ def test_steps_that_leave_nothing_are_not_made_longer() -> None:
 
 def test_steps_are_as_many_as_the_forget_set_asks_for() -> None:
     config = kfade.UnlearnConfig()
-    assert [config.steps_over([256] * n) for n in (1, 3, 8, 40, 41, 500)] == [10, 30, 80, 80, 82, 1000]
+    assert [config.steps_over([256] * n) for n in (1, 3, 8, 40, 41, 500)] == [1, 30, 80, 80, 82, 1000]
     # Eight batches a step, of which there may be fewer.
-    assert [config.steps_over([32] * n) for n in (1, 8, 64, 500)] == [10, 10, 80, 125]
+    assert [config.steps_over([32] * n) for n in (1, 8, 9, 64, 500)] == [1, 1, 12, 80, 125]
     assert [config.batches_in_step(tokens) for tokens in ([], [7], [7, 300], [300, 700], [100] * 3)] == [0, 1, 2, 1, 3]
-    assert kfade.UnlearnConfig(tokens_per_step=None).steps_over([256] * 500) == 10
+    assert kfade.UnlearnConfig(tokens_per_step=None).steps_over([256] * 500) == 1
     assert kfade.UnlearnConfig(steps=7).steps_over([256] * 500) == 7
-    update = kfade.unlearn(llama(), batches(1, count=1), batches(2, count=4))
-    assert update.report.config["steps"] == 10 == update.report.steps[-1].number
+    for tokens, steps in ((1, 30), (256, 1)):
+        found = replace(config, tokens_per_step=tokens)
+        report = kfade.unlearn(llama(), batches(1, count=3), batches(2, count=4), found).report
+        assert report.config["steps"] == steps
 
 
 @pytest.mark.parametrize("steps", [8, 32])

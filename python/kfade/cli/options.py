@@ -279,7 +279,7 @@ Steps = Annotated[
     typer.Option(
         "--steps",
         help="Steps, at most: a run ends where nothing is left to forget.",
-        show_default=f"{STEPS}, within {PASSES[0]} to {PASSES[1]} passes over the forget set",
+        show_default=f"{STEPS}, within {PASSES[0]} to {PASSES[1]} passes; one, if it takes the whole forget set",
         rich_help_panel=STEP,
     ),
 ]
