@@ -1,7 +1,7 @@
 """Does it last? The demo's unlearning under other questions, rounded weights, relearning, and applied again.
 
-    python benchmarks/durability.py                                # half an hour on one quiet core
-    python benchmarks/durability.py --published                    # one step instead of many: half as long
+    python benchmarks/durability.py                                # a quarter of an hour on one quiet core
+    python benchmarks/durability.py --published                    # by the paper's step
     python benchmarks/durability.py --parts questions reapply      # only these
     python benchmarks/durability.py --no-record                    # print only
 
@@ -84,7 +84,7 @@ class Study:
 
     def record(self, **values: Any) -> None:
         """Keep one row, and show it."""
-        values["method"] = "one step" if self.options.published else "many steps"
+        values["method"] = "published" if self.options.published else "default"
         row = {name: values.get(name, "") for name in COLUMNS}
         self.rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
         print(", ".join(f"{k} {v}" for k, v in self.rows[-1].items() if v != ""), file=sys.stderr, flush=True)
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a directory or name; the demo's model by default")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--published", action="store_true", help="unlearn in one step")
+    parser.add_argument("--published", action="store_true", help="unlearn by the paper's step")
     parser.add_argument("--facts", type=int, default=16, help="capitals to unlearn, at most 30")
     parser.add_argument("--shown", type=int, default=6, help="of these, how many an attacker has")
     parser.add_argument("--thin", type=int, default=4, help="take every so many of the retain records")

@@ -16,7 +16,7 @@ from .report import Comparison, spread, write_report
 from .unlearn import unlearn
 from .update import Update
 
-CONFIG = UnlearnConfig.published(kl_budget=0.002)
+CONFIG = UnlearnConfig(kl_budget=0.002)
 DATA = Path(__file__).parent / "data" / "demo"
 NEW_TOKENS = 16
 BATCH = 32
