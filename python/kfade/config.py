@@ -151,7 +151,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class UnlearnConfig:
-    """How a forget set is unlearned: by default in many short steps, towards outputs that do not know.
+    """How a forget set is unlearned: by default towards outputs that do not know, in as many steps as it asks for.
 
     Attributes:
         fit: how the retain curvature is fitted: with K-FAC, from softened outputs.

@@ -1,19 +1,18 @@
 """`unlearn`: Gauss-Newton steps away from a forget set, within a budget of measured retain KL.
 
-One step from the accumulated change Δ, on one batch of the forget set and one of the retain set, is
+One step from the accumulated change Δ, on some of the forget set and some of the retain set, is
 
     Δ ← Δ − η (F + λI)⁻¹ (∇L + c ∇KL_retain)
 
-with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568) and L what is descended on
-the forget set: minus its loss, or the KL from outputs that do not know the labels. By default there are many steps. The
-first is *measured* to cost a share of the budget on held-out retain sequences, and what is predicted of it,
-`½ η² dᵀ(F + λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a hundredfold
-between models, but little between steps. But η is never many times the first: what is forgotten has no gradient, and a
-step of a length that is kept would make much of the little that is left. On the way c follows the KL of each step's
-retain batch, which its gradient needs anyway, so that the path ends near the budget, or before, where nothing is left
-to forget; at the end the whole change is scaled down into it, or up where much of it is left. A single step
-(`UnlearnConfig.published`) has the largest length found whose measured KL is within the budget. Steps of merely
-predicted size diverge.
+with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568) and L what is descended on the
+forget set: minus its loss, or the KL from outputs that do not know the labels. Where a step takes the whole forget set
+there is one, by default, of the largest length found whose measured KL is within the budget. Else there are many. The
+first is *measured* to cost a share of the budget on held-out retain sequences, and what is predicted of it, `½ η² dᵀ(F
++ λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a hundredfold between models,
+but little between steps. But η is never many times the first: what is forgotten has no gradient, and a step of a length
+that is kept would make much of the little that is left. On the way c follows the KL of each step's retain batch, which
+its gradient needs anyway, so that the path ends near the budget, or before, where nothing is left to forget; at the end
+the whole change is scaled down into it, or up where much of it is left. Steps of merely predicted size diverge.
 """
 
 from __future__ import annotations

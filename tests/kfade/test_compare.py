@@ -86,7 +86,7 @@ def test_the_sentences_say_who_wins_and_where_k_fade_is_behind() -> None:
     assert verdict(loses, 0.01) == (
         "Within a retain KL of 0.01, WGA is best: 1.5 nats a token from the retrained model."
         " K-FADE (2) is 0.5 behind the best baseline, WGA: better in 0 of 1 seed."
-        " K-FADE, one step (4) is 2.5 behind the best baseline, WGA: better in 0 of 1 seed."
+        " K-FADE as published (4) is 2.5 behind the best baseline, WGA: better in 0 of 1 seed."
     )
     no_aim = verdict(of([no_target(r.points[1]) for r in loses.runs], retrained=[]), 0.01)
     assert "is best: " in no_aim and "nats a token of forget NLL" in no_aim

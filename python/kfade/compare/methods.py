@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {"undial_kl": {"method": "undial", "retain
 NAMES = (OURS, PUBLISHED, *METHODS, *VARIANTS)
 TITLES = {
     OURS: "K-FADE",
-    PUBLISHED: "K-FADE, one step",
+    PUBLISHED: "K-FADE as published",
     "gradient_ascent": "gradient ascent",
     "gradient_difference": "gradient difference",
     "npo": "NPO",

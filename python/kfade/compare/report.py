@@ -18,7 +18,7 @@ from .methods import OURS, OWN
 from .points import Point, at_equal_kl, spread
 from .results import Sweep, our_best, our_seconds, points_csv, ranked, verdict
 
-# K-FADE is blue and thick, in many steps dark blue; then Okabe and Ito's other colours, and more by line style.
+# K-FADE is blue and thick, as published dark blue; then Okabe and Ito's other colours, and more by line style.
 _COLOURS = (ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#7b3f9e", "#8c6d31", "#000000", GREY)
 _DASHES = ("-", "--", ":")
 _WIDTH, _HEIGHT = 7.6, 5.0

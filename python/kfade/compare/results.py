@@ -98,7 +98,7 @@ def ranked(chosen: Mapping[str, Sequence[Point]]) -> list[str]:
 
 
 def our_best(chosen: Mapping[str, Sequence[Point]]) -> str | None:
-    """The better of K-FADE in one step and in many, by mean distance; None if neither has a point."""
+    """The better of K-FADE by default and as published, by mean distance; None if neither has a point."""
     return next((method for method in ranked(chosen) if method in OWN), None)
 
 
