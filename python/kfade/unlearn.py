@@ -208,8 +208,11 @@ class _Stepper:
         self._forgotten = False
         self._forgets = self._order(forget, "forget")
         losing = [batch for batch in fitted if len(batch.loss_index)]
-        needed = (config.retain_weight and self._steps > 1) or config.cg_iterations
+        needed = config.retain_weight or config.cg_iterations
         self._retains = self._order(losing, "retain") if needed else [[]] * self._steps
+        if not config.cg_iterations:
+            # Before the first step the KL is 0, and so is its gradient.
+            self._retains[0] = []
         self._few_held, self._few_forget = spread(held, GLANCE), spread(forget, GLANCE)
         self._refits, self._seconds = 0, 0.0
 
@@ -267,8 +270,7 @@ class _Stepper:
         """d = −(F + λI)⁻¹ g of one step, and `½ dᵀ(F + λI)d = −½ dᵀg`."""
         config, kept = self.config, self._retains[number - 1]
         parts: list[Part] = [(1.0, self._forgets[number - 1], self._forget_on_rows)]
-        if config.retain_weight and number > 1:
-            # Before the first step the KL is 0, and so is its gradient.
+        if config.retain_weight and kept:
             parts.append((self._retain_weight, kept, self._retain_on_rows))
         self._retain_kl, self._forget_kl = [], []
         gradient = self.run.gradient(parts, stage)
@@ -309,7 +311,7 @@ class _Stepper:
         if number == 1:
             self._predicted = self._first_prediction(direction, half_square)
             self._first = math.sqrt(self._predicted / half_square)
-        longest = self._first * min(GROWTH, RISE ** (number - 1))
+        longest = self._first * min(GROWTH, RISE ** min(number - 1, 99))
         return (1 - (number - 1) / self._steps) * min(longest, math.sqrt(self._predicted / half_square))
 
     def _first_prediction(self, direction: Matrices, half_square: float) -> float:
