@@ -178,8 +178,9 @@ class UnlearnConfig:
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
             `step_size` is given.
         step_share: what the first of several steps is measured to cost, as a share of the budget. Later ones have its
-            predicted KL, but ten times its η at most, both shrinking to nothing linearly, and are shorter where the KL
-            on the way is more than four times the budget. A single step has the length that the measured KL allows.
+            predicted KL, but ten times its η at most, by a quarter more from step to step; both shrink to nothing
+            linearly, and are shorter where the KL on the way is more than four times the budget. A single step has the
+            length that the measured KL allows.
         step_size: η of every step, instead of a budget.
         retain_weight: c, the weight of the gradient of the retain KL in the first steps; 0 leaves it out. Later it
             follows the measured KL where there is a budget: at each step it is multiplied by the share of the budget
