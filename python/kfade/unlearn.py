@@ -7,12 +7,13 @@ One step from the accumulated change Δ, on some of the forget set and some of t
 with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568) and L what is descended on the
 forget set: minus its loss, or the KL from outputs that do not know the labels. Where a step takes the whole forget set
 there is one, by default, of the largest length found whose measured KL is within the budget. Else there are many. The
-first is *measured* to cost a share of the budget on held-out retain sequences, and what is predicted of it, `½ η² dᵀ(F
-+ λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a hundredfold between models,
-but little between steps. But η is never many times the first: what is forgotten has no gradient, and a step of a length
-that is kept would make much of the little that is left. On the way c follows the KL of each step's retain batch, which
-its gradient needs anyway, so that the path ends near the budget, or before, where nothing is left to forget; at the end
-the whole change is scaled down into it, or up where much of it is left. Steps of merely predicted size diverge.
+first is *measured* to cost a share of the budget on held-out retain sequences, and what is predicted of it,
+`½ η² dᵀ(F + λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a hundredfold
+between models, but little between steps. But η is never many times the first: what is forgotten has no gradient, and
+a step of a length that is kept would make much of the little that is left. On the way c follows the KL of each step's
+retain batch, which its gradient needs anyway, so that the path ends near the budget, or before, where nothing is left
+to forget; at the end the whole change is scaled down into it, or up where much of it is left. Steps of merely
+predicted size diverge.
 """
 
 from __future__ import annotations
@@ -311,6 +312,7 @@ class _Stepper:
         if number == 1:
             self._predicted = self._first_prediction(direction, half_square)
             self._first = math.sqrt(self._predicted / half_square)
+        # No higher power: of thousands of steps it would overflow.
         longest = self._first * min(GROWTH, RISE ** min(number - 1, 99))
         return (1 - (number - 1) / self._steps) * min(longest, math.sqrt(self._predicted / half_square))
 

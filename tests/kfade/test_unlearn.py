@@ -254,7 +254,7 @@ def test_steps_do_not_grow_as_what_they_descend_vanishes(
         runs.append([step.eta / (1 - i / 8) for i, step in enumerate(steps)])
     kept, free = runs
     assert max(free) > 10 * free[0]
-    longest = [free[0] * min(growth, rise**i if i else 1.0) for i in range(8)]
+    longest = [free[0] * min(growth, rise**i) for i in range(8)]
     first = next(i for i, eta in enumerate(free) if eta > longest[i])
     assert kept[:first] == free[:first] and kept[first] == pytest.approx(longest[first])
     assert all(eta < most or eta == pytest.approx(most) for eta, most in zip(kept, longest, strict=True))
@@ -265,18 +265,16 @@ def test_a_run_ends_where_nothing_is_left_to_forget(monkeypatch: pytest.MonkeyPa
     (learnt,) = batches(1, count=1)
     forget, retain = [{k: v[i : i + 2] for k, v in learnt.items()} for i in (0, 2)], batches(2, count=4)
 
-    def last(observed: list[int] | None = None) -> int:
-        seen = [] if observed is None else observed
+    def observed() -> list[int]:
+        seen: list[int] = []
         update = kfade.unlearn(llama(), forget, retain, RUTHLESS, every=5, observe=lambda n, _: seen.append(n))
-        assert update.norm() > 0
-        return update.report.steps[-1].number
+        assert update.norm() > 0 and update.report.steps[-1].number == seen[-1]
+        return seen
 
-    observed: list[int] = []
-    end = last(observed)
-    assert 2 < end < 40 and end % 5 and observed == [*range(5, end, 5), end]
-    # Nor before: the steps up to it are those of a run that goes on.
+    *others, end = observed()
+    assert 2 < end < 40 and end % 5 and others == [*range(5, end, 5)]
     monkeypatch.setattr(unlearning, "LEFT", 0.0)
-    assert last() == 40
+    assert observed()[-1] == 40
     monkeypatch.undo()
     follow = unlearning._Stepper._follow
 
@@ -285,7 +283,7 @@ def test_a_run_ends_where_nothing_is_left_to_forget(monkeypatch: pytest.MonkeyPa
         self._spent = 1.5
 
     monkeypatch.setattr(unlearning._Stepper, "_follow", over)
-    assert last() == 40
+    assert observed()[-1] == 40
 
 
 @pytest.mark.parametrize("share, longer", [(1e-4, True), (1.0, False)])
