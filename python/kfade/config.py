@@ -165,14 +165,17 @@ class UnlearnConfig:
             KL from a target that does not know: the original model's outputs with the logit of each label lowered,
             and flattened.
         margin: by how much `distil` lowers the logit of a label, in nats.
-        target_temperature: what `distil` divides the target's logits by. None takes 1 + P², P the geometric mean of
+        target_temperature: what `distil` divides the target's logits by. None takes 1 + P⁴, P the geometric mean of
             the probabilities that the original model gives the labels: of what it has memorised it is too sure (2),
             of what it knows a little it is not (1).
+        pull_back: whether `distil` raises a label again that steps have left below its target. None does where the
+            sequences of the forget set have more than 8 labelled tokens on average: in an answer that long most words
+            are what any model would write, and steps away from it take them along; a shorter one is all that is to go.
         npo_beta: inverse temperature of `npo`.
         steps: number of steps. None takes one where a step takes the whole forget set, else 80, but at most ten passes
             over it and at least two. Many steps of `distil` end before, where nothing is left: a pass over the forget
             set finds a hundredth of the loss that the first one found, and the last retain batches are within the
-            budget.
+            budget. Labels that are pulled back leave more.
         tokens_per_step: a step takes so many forget batches as have about so many labelled tokens together, and so
             many retain batches; at least one of each. None takes all of both.
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
@@ -200,6 +203,7 @@ class UnlearnConfig:
     objective: str = "distil"
     margin: float = 5.0
     target_temperature: float | None = None
+    pull_back: bool | None = None
     npo_beta: float = 0.1
     steps: int | None = None
     tokens_per_step: int | None = 256
@@ -273,9 +277,15 @@ class UnlearnConfig:
         """The number of steps that go so many times through such a forget set; at least 1."""
         return max(1, math.ceil(passes * len(tokens) / self.batches_in_step(tokens)))
 
+    def pulls_back(self, tokens: float, sequences: int) -> bool:
+        """Whether labels are pulled back, of a forget set with so many labelled tokens and sequences."""
+        return tokens > SHORT * sequences if self.pull_back is None else self.pull_back
+
 
 # Where the number of steps is not given: so many, but between so many passes over the forget set.
 STEPS, PASSES = 80, (2, 10)
+# Labelled tokens a sequence, of forget sets whose labels are left alone once they are below their target.
+SHORT = 8
 # What `UnlearnConfig.published` sets, of itself and of its fit.
 PUBLISHED: dict[str, Any] = {
     "objective": "cross_entropy",

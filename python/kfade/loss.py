@@ -195,18 +195,19 @@ class Ignorance:
     """Outputs of a model that does not know the labels: `softmax((z − margin · e_label) / temperature)`.
 
     Lowering the label's logit is the target of UNDIAL (Dong et al. 2024, arXiv 2402.10052). What is left of a
-    memorised position is as sure of itself as the model was of the label; the temperature takes that away. A row whose
-    label is no likelier than there has got rid of it, and is pulled no more: not back either.
+    memorised position is as sure of itself as the model was of the label; the temperature takes that away.
 
     Attributes:
         labels: int64 `[N]`.
         margin: in nats.
         temperature: of the softmax.
+        pull_back: whether rows whose label is no likelier than there are pulled to it too; else they are left alone.
     """
 
     labels: Tensor
     margin: float
     temperature: float
+    pull_back: bool = True
 
     def of(self, logits: Tensor, part: slice) -> Tensor:
         """The target's logits, from the original ones `[n, V]` of some of the rows."""
@@ -214,8 +215,10 @@ class Ignorance:
         lowered[torch.arange(len(logits), device=logits.device), self.labels[part]] -= self.margin
         return lowered.div_(self.temperature)
 
-    def known(self, log_p: Tensor, log_q: Tensor, part: slice) -> Tensor:
-        """Whether a row's label is likelier than in the target, bool `[n, 1]`; log-probabilities are `[n, V]`."""
+    def counted(self, log_p: Tensor, log_q: Tensor, part: slice) -> Tensor | None:
+        """Rows that are pulled to the target, bool `[n, 1]`, or None for all; log-probabilities are `[n, V]`."""
+        if self.pull_back:
+            return None
         labels = self.labels[part].unsqueeze(1)
         return log_p.gather(1, labels) > log_q.gather(1, labels)
 
@@ -389,15 +392,15 @@ class Head:
                 logs.append(logits.log_softmax(-1))
             log_q, log_p = logs
             q = log_q.exp()
-            known = None if target is None else target.known(log_p, log_q, part)
+            counted = None if target is None else target.counted(log_p, log_q, part)
             divergence[part] = (q * (log_q - log_p)).sum(-1).double()
-            if known is not None:
-                divergence[part] *= known.squeeze(1)
+            if counted is not None:
+                divergence[part] *= counted.squeeze(1)
             if not gradient:
                 continue
             difference = log_p.exp_().sub_(q)
-            if known is not None:
-                difference *= known
+            if counted is not None:
+                difference *= counted
             grad[part] = difference if weight is None else (difference.to(weight.dtype) @ weight).to(grad.dtype)
         return divergence, grad
 

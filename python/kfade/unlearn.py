@@ -144,7 +144,9 @@ def unlearn(
     layers = select(model, config.fit.modules)
     device = device_of(model)
     forget_batches = [b for b in check_batches(forget, device, "forget") if len(b.loss_index)]
-    config = replace(config, steps=config.steps_over(labelled_tokens(forget_batches)))
+    tokens = labelled_tokens(forget_batches)
+    sequences = sum(len(batch.input_ids) for batch in forget_batches)
+    config = replace(config, steps=config.steps_over(tokens), pull_back=config.pulls_back(sum(tokens), sequences))
     fitted, held = split_holdout(check_batches(retain, device, "retain"), config.holdout)
     names = None if curvature is None else set(curvature)
     if isinstance(curvature, ShardedCurvature) and group is not None:
@@ -231,7 +233,7 @@ class _Stepper:
         self.report = UnlearnReport(
             to_dict(config), model_id(run.model), run.mean_nll(forget, self._start), retain_nll, costs=progress.costs
         )
-        self._target_temperature = config.target_temperature or 1 + math.exp(-2 * self.report.forget_nll)
+        self._target_temperature = config.target_temperature or 1 + math.exp(-4 * self.report.forget_nll)
 
     def _order(self, batches: Sequence[Batch], what: str) -> list[list[Batch]]:
         """The batches of each step."""
@@ -247,7 +249,7 @@ class _Stepper:
         """Gradient of what is descended on a forget batch."""
         config = self.config
         if config.objective == "distil":
-            target = Ignorance(batch.targets, config.margin, self._target_temperature)
+            target = Ignorance(batch.targets, config.margin, self._target_temperature, bool(config.pull_back))
             divergence, grad = self.run.head.kl(rows, self._forget_rows[batch.index], target=target)
             require_finite(divergence, batch, "the forget loss")
             self._forget_kl.append(divergence)
@@ -484,7 +486,8 @@ class _Stepper:
             scale, trials = search(1.0, self.config.trials, 1.0)
             kl = trials[0].measured_kl
             # Many steps that end near the budget were told where to stop, and are not made longer.
-            if scale == 1 and 0 < kl < SPARE * target and not self._forgotten and self.config.trials > 1:
+            told = self._forgotten or (self.config.objective == "distil" and self.config.pull_back)
+            if scale == 1 and 0 < kl < SPARE * target and not told and self.config.trials > 1:
                 longer, more = search(math.sqrt(target / kl), self.config.trials - 1, math.inf)
                 scale, trials = max(scale, longer), trials + more
         return scale, trials, "" if scale else f"no trial met the retain-KL budget of {target:.4g} nats a token"

@@ -156,16 +156,17 @@ def test_a_given_step_size_is_taken_and_is_the_formula() -> None:
         torch.testing.assert_close(update.tensors[f"{name}.weight"], 0.3 * direction, rtol=1e-9, atol=1e-12)
 
 
-def test_a_step_of_many_is_the_formula() -> None:
+@pytest.mark.parametrize("pull_back", [False, True])
+def test_a_step_of_many_is_the_formula(pull_back: bool) -> None:
     """Δ = −η (F + λI)⁻¹ (∇KL(q ‖ p) + c ∇KL(p₀ ‖ p)) from a moved state, in float64, against plain autograd.
 
-    Of KL(q ‖ p) the rows alone whose label is likelier than under q.
+    Of KL(q ‖ p) the rows alone whose label is likelier than under q, or all.
     """
     torch.manual_seed(0)
     model = llama().double()
     forget, retain = batches(1, count=1), batches(2, count=1, size=8)
     config = kfade.UnlearnConfig(
-        steps=2, kl_budget=None, step_size=0.2, margin=3.0, target_temperature=1.5, damping=0.1
+        steps=2, kl_budget=None, step_size=0.2, margin=3.0, target_temperature=1.5, damping=0.1, pull_back=pull_back
     )
     fitted, _ = split_holdout(check_batches(retain, torch.device("cpu")), config.holdout)
     data = [{"input_ids": b.input_ids, "attention_mask": b.attention.long(), "labels": b.labels} for b in fitted]
@@ -183,8 +184,8 @@ def test_a_step_of_many_is_the_formula() -> None:
     start = weights(model)
     for _ in range(2):
         log_p = logits(batch).log_softmax(-1)
-        known = likelier(log_p, q, batch.targets)
-        loss = nn.functional.kl_div(log_p[known], q[known], reduction="sum") / len(q)
+        counted = likelier(log_p, q, batch.targets) | pull_back
+        loss = nn.functional.kl_div(log_p[counted], q[counted], reduction="sum") / len(q)
         loss = loss + 10.0 * nn.functional.kl_div(logits(kept).log_softmax(-1), p0, reduction="sum") / len(p0)
         for name, direction in dense_direction(model, curvature, loss, 0.1).items():
             model.get_submodule(name).weight.data.sub_(0.2 * direction)
@@ -302,6 +303,22 @@ def test_steps_that_leave_nothing_are_not_made_longer() -> None:
     assert report.outcome.scale == 1 and report.outcome.measured_kl < 25 and len(report.outcome.trials) == 1
 
 
+def test_steps_that_are_pulled_back_to_their_target_are_not_made_longer() -> None:
+    config = kfade.UnlearnConfig(steps=4, kl_budget=0.02, step_share=1e-4, pull_back=True)
+    end = kfade.unlearn(llama(), batches(1, 2), batches(2, 4), config).report.outcome
+    assert end is not None and end.scale == 1 and end.measured_kl < 0.5 * 0.02
+
+
+@pytest.mark.parametrize(
+    "tokens, size, given, pulled", [(9, 4, None, False), (10, 4, None, True), (10, 4, False, False), (9, 2, True, True)]
+)
+def test_long_answers_are_pulled_back_to_their_target(tokens: int, size: int, given: bool | None, pulled: bool) -> None:
+    """Of more than 8 labelled tokens on average; the report says which it was."""
+    forget = [{"input_ids": batch["input_ids"]} for batch in batches(1, count=1, size=size, tokens=tokens)]
+    config = kfade.UnlearnConfig(steps=1, pull_back=given)
+    assert kfade.unlearn(llama(), forget, batches(2, 4), config).report.config["pull_back"] is pulled
+
+
 def test_steps_are_as_many_as_the_forget_set_asks_for() -> None:
     config = kfade.UnlearnConfig()
     assert [config.steps_over([256] * n) for n in (1, 3, 8, 40, 41, 500)] == [1, 30, 80, 80, 82, 1000]
@@ -350,7 +367,7 @@ def test_target_is_flattened_by_how_much_is_memorised(probability: float, monkey
     monkeypatch.setattr(Ignorance, "of", of)
     monkeypatch.setattr(MovedModel, "mean_nll", lambda *_: -math.log(probability))
     kfade.unlearn(llama(), batches(1, 2), batches(2, 4), kfade.UnlearnConfig.published(objective="distil"))
-    assert seen == pytest.approx([1 + probability**2] * len(seen))
+    assert seen == pytest.approx([1 + probability**4] * len(seen))
     assert seen
 
 
@@ -437,11 +454,12 @@ def likelier(log_p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
     return log_p[rows, labels].exp() > q[rows, labels]
 
 
+@pytest.mark.parametrize("pull_back", [False, True])
 @pytest.mark.parametrize("projected", [True, False])
-def test_the_target_does_not_know_the_label(projected: bool) -> None:
+def test_the_target_does_not_know_the_label(projected: bool, pull_back: bool) -> None:
     """Value and gradient of KL(q ‖ p) on rows, float64, against autograd; hidden rows and rows that are logits.
 
-    A row whose label is no likelier than under q has no gradient: it is not pulled back.
+    A row whose label is no likelier than under q has no gradient if it is not to be pulled back.
     """
     torch.manual_seed(0)
     model = llama().double()
@@ -454,7 +472,7 @@ def test_the_target_does_not_know_the_label(projected: bool) -> None:
     towards = model.lm_head.weight.detach() if projected else torch.eye(WORDS, dtype=torch.float64)
     raised = towards[batch.targets[::2]]
     reference[::2] += 20 * raised / (raised * raised).sum(1, keepdim=True)
-    target = Ignorance(batch.targets, 4.0, 2.0)
+    target = Ignorance(batch.targets, 4.0, 2.0, pull_back)
     value, grad = head.kl(rows, reference, target=target)
     leaf = rows.clone().requires_grad_()
     project = (lambda x: x @ model.lm_head.weight.T) if projected else (lambda x: x)
@@ -462,8 +480,9 @@ def test_the_target_does_not_know_the_label(projected: bool) -> None:
     plain = nn.functional.kl_div(project(leaf).log_softmax(-1), (lowered / 2).softmax(-1), reduction="none").sum(-1)
     known = likelier(project(leaf).log_softmax(-1).detach(), (lowered / 2).softmax(-1), batch.targets)
     assert known.any() and not known.all()
-    plain[known].sum().backward()
-    torch.testing.assert_close(value, plain.detach() * known.squeeze(-1), rtol=1e-10, atol=1e-12)
+    counted = known | pull_back
+    plain[counted].sum().backward()
+    torch.testing.assert_close(value, plain.detach() * counted, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-10, atol=1e-12)
 
 

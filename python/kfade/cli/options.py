@@ -329,6 +329,14 @@ TargetTemperature = Annotated[
         rich_help_panel=STEP,
     ),
 ]
+PullBack = Annotated[
+    bool | None,
+    typer.Option(
+        "--pull-back/--no-pull-back",
+        help="distil: raise labels that steps have left below their target; by default where answers are long.",
+        rich_help_panel=STEP,
+    ),
+]
 NpoBeta = Annotated[float, typer.Option("--npo-beta", help="Inverse temperature of npo.", rich_help_panel=STEP)]
 RetainWeight = Annotated[
     float,

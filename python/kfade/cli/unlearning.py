@@ -66,6 +66,7 @@ def unlearn(
     objective: opt.Objective = opt.UNLEARN.objective,
     margin: opt.Margin = opt.UNLEARN.margin,
     target_temperature: opt.TargetTemperature = opt.UNLEARN.target_temperature,
+    pull_back: opt.PullBack = opt.UNLEARN.pull_back,
     npo_beta: opt.NpoBeta = opt.UNLEARN.npo_beta,
     retain_weight: opt.RetainWeight = opt.UNLEARN.retain_weight,
     cg_iterations: opt.CgIterations = opt.UNLEARN.cg_iterations,
