@@ -172,10 +172,10 @@ class UnlearnConfig:
             sequences of the forget set have more than 8 labelled tokens on average: in an answer that long most words
             are what any model would write, and steps away from it take them along; a shorter one is all that is to go.
         npo_beta: inverse temperature of `npo`.
-        steps: number of steps. None takes one where a step takes the whole forget set, else 80, but at most ten passes
-            over it and at least two. Many steps of `distil` end before, where nothing is left: a pass over the forget
-            set finds a hundredth of the loss that the first one found, and the last retain batches are within the
-            budget. Labels that are pulled back leave more.
+        steps: number of steps. None takes one where a step takes the whole forget set and nothing is pulled back, else
+            80, but at most ten passes over it and at least two. Many steps of `distil` end before, where nothing is
+            left: a pass over the forget set finds a hundredth of the loss that the first one found, and the last
+            retain batches are within the budget. Labels that are pulled back leave more.
         tokens_per_step: a step takes so many forget batches as have about so many labelled tokens together, and so
             many retain batches; at least one of each. None takes all of both.
         kl_budget: retain KL that the update may reach, in nats a token on held-out retain sequences. None when
@@ -264,11 +264,11 @@ class UnlearnConfig:
             return len(tokens)
         return min(len(tokens), math.ceil(self.tokens_per_step * len(tokens) / max(1, sum(tokens))))
 
-    def steps_over(self, tokens: Sequence[int]) -> int:
-        """The number of steps on a forget set, given the labelled tokens of each batch."""
+    def steps_over(self, tokens: Sequence[int], sequences: int) -> int:
+        """The number of steps on a forget set of so many sequences, given the labelled tokens of each batch."""
         if self.steps is not None:
             return self.steps
-        if self.batches_in_step(tokens) == len(tokens):
+        if self.batches_in_step(tokens) == len(tokens) and not self.pulls_back(tokens, sequences):
             return 1
         few, many = (self.steps_in(passes, tokens) for passes in PASSES)
         return min(max(STEPS, few), many)
@@ -277,9 +277,11 @@ class UnlearnConfig:
         """The number of steps that go so many times through such a forget set; at least 1."""
         return max(1, math.ceil(passes * len(tokens) / self.batches_in_step(tokens)))
 
-    def pulls_back(self, tokens: float, sequences: int) -> bool:
-        """Whether labels are pulled back, of a forget set with so many labelled tokens and sequences."""
-        return tokens > SHORT * sequences if self.pull_back is None else self.pull_back
+    def pulls_back(self, tokens: Sequence[int], sequences: int) -> bool:
+        """Whether steps pull labels back to a target, of a forget set as `steps_over` takes it."""
+        if self.objective != "distil":
+            return False
+        return sum(tokens) > SHORT * sequences if self.pull_back is None else self.pull_back
 
 
 # Where the number of steps is not given: so many, but between so many passes over the forget set.

@@ -5,8 +5,9 @@ One step from the accumulated change Δ, on some of the forget set and some of t
     Δ ← Δ − η (F + λI)⁻¹ (∇L + c ∇KL_retain)
 
 with F the Gauss-Newton matrix of the retain set (McKinney et al. 2026, arXiv 2602.10568) and L what is descended on the
-forget set: minus its loss, or the KL from outputs that do not know the labels. Where a step takes the whole forget set
-there is one, by default, of the largest length found whose measured KL is within the budget. Else there are many. The
+forget set: minus its loss, or the KL from outputs that do not know the labels. Where a step takes a whole forget
+set of short answers there is one, by default, of the largest length found whose measured KL is within the budget. Else
+there are many, which also pull what they lowered too far in long answers back to those outputs. The
 first is *measured* to cost a share of the budget on held-out retain sequences, and what is predicted of it,
 `½ η² dᵀ(F + λI)d`, is kept for the others, falling to zero: by how much predictions are off differs a hundredfold
 between models, but little between steps. But η is never many times the first: what is forgotten has no gradient, and
@@ -146,7 +147,8 @@ def unlearn(
     forget_batches = [b for b in check_batches(forget, device, "forget") if len(b.loss_index)]
     tokens = labelled_tokens(forget_batches)
     sequences = sum(len(batch.input_ids) for batch in forget_batches)
-    config = replace(config, steps=config.steps_over(tokens), pull_back=config.pulls_back(sum(tokens), sequences))
+    steps, pull_back = config.steps_over(tokens, sequences), config.pulls_back(tokens, sequences)
+    config = replace(config, steps=steps, pull_back=pull_back)
     fitted, held = split_holdout(check_batches(retain, device, "retain"), config.holdout)
     names = None if curvature is None else set(curvature)
     if isinstance(curvature, ShardedCurvature) and group is not None:
@@ -486,7 +488,7 @@ class _Stepper:
             scale, trials = search(1.0, self.config.trials, 1.0)
             kl = trials[0].measured_kl
             # Many steps that end near the budget were told where to stop, and are not made longer.
-            told = self._forgotten or (self.config.objective == "distil" and self.config.pull_back)
+            told = self._forgotten or self.config.pull_back
             if scale == 1 and 0 < kl < SPARE * target and not told and self.config.trials > 1:
                 longer, more = search(math.sqrt(target / kl), self.config.trials - 1, math.inf)
                 scale, trials = max(scale, longer), trials + more

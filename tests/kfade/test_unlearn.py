@@ -268,12 +268,12 @@ def test_a_run_ends_where_nothing_is_left_to_forget(monkeypatch: pytest.MonkeyPa
 
     def observed() -> list[int]:
         seen: list[int] = []
-        update = kfade.unlearn(llama(), forget, retain, RUTHLESS, every=5, observe=lambda n, _: seen.append(n))
+        update = kfade.unlearn(llama(), forget, retain, RUTHLESS, every=4, observe=lambda n, _: seen.append(n))
         assert update.norm() > 0 and update.report.steps[-1].number == seen[-1]
         return seen
 
     *others, end = observed()
-    assert 2 < end < 40 and end % 5 and others == [*range(5, end, 5)]
+    assert 2 < end < 40 and end % 4 and others == [*range(4, end, 4)]
     monkeypatch.setattr(unlearning, "LEFT", 0.0)
     assert observed()[-1] == 40
     monkeypatch.undo()
@@ -321,12 +321,16 @@ def test_long_answers_are_pulled_back_to_their_target(tokens: int, size: int, gi
 
 def test_steps_are_as_many_as_the_forget_set_asks_for() -> None:
     config = kfade.UnlearnConfig()
-    assert [config.steps_over([256] * n) for n in (1, 3, 8, 40, 41, 500)] == [1, 30, 80, 80, 82, 1000]
+    # Batches of 32 short answers, or of 8 long ones.
+    assert [config.steps_over([256] * n, 32 * n) for n in (1, 3, 8, 40, 41, 500)] == [1, 30, 80, 80, 82, 1000]
+    assert [config.steps_over([256] * n, 8 * n) for n in (1, 3, 8, 40, 41, 500)] == [10, 30, 80, 80, 82, 1000]
     # Eight batches a step, of which there may be fewer.
-    assert [config.steps_over([32] * n) for n in (1, 8, 9, 64, 500)] == [1, 1, 12, 80, 125]
+    assert [config.steps_over([32] * n, 4 * n) for n in (1, 8, 9, 64, 500)] == [1, 1, 12, 80, 125]
+    published = kfade.UnlearnConfig.published(steps=None)
+    assert [published.steps_over([256] * n, 8 * n) for n in (1, 3)] == [1, 1]
     assert [config.batches_in_step(tokens) for tokens in ([], [7], [7, 300], [300, 700], [100] * 3)] == [0, 1, 2, 1, 3]
-    assert kfade.UnlearnConfig(tokens_per_step=None).steps_over([256] * 500) == 1
-    assert kfade.UnlearnConfig(steps=7).steps_over([256] * 500) == 7
+    assert kfade.UnlearnConfig(tokens_per_step=None).steps_over([256] * 500, 500 * 32) == 1
+    assert kfade.UnlearnConfig(steps=7).steps_over([256] * 500, 500) == 7
     for tokens, steps in ((1, 30), (256, 1)):
         found = replace(config, tokens_per_step=tokens)
         report = kfade.unlearn(llama(), batches(1, count=3), batches(2, count=4), found).report

@@ -77,8 +77,9 @@ def tries(name: str, model: nn.Module, forget: Iterable[Mapping[str, Tensor]], o
 
 def within(config: UnlearnConfig, forget: Iterable[Mapping[str, Tensor]], epochs: float) -> UnlearnConfig:
     """The configuration with no more steps than so many passes over a forget set have."""
-    tokens = labelled_tokens(check_batches(forget, torch.device("cpu"), "forget"))
-    return replace(config, steps=min(config.steps_over(tokens), config.steps_in(epochs, tokens)))
+    batches = [batch for batch in check_batches(forget, torch.device("cpu"), "forget") if len(batch.loss_index)]
+    tokens, sequences = labelled_tokens(batches), sum(len(batch.input_ids) for batch in batches)
+    return replace(config, steps=min(config.steps_over(tokens, sequences), config.steps_in(epochs, tokens)))
 
 
 def strength_of(config: Config) -> str:
