@@ -431,8 +431,8 @@ INTROS = {
     "SmolLM2": "Forget NLL is of the city's tokens. The KL on text is specificity: general text is no part of the"
     " budget, and only a little of it is in the retain set.",
     "ToFU": "All models know the same authors. The retain KL, and ToFU's retain questions, are of authors that no"
-    " method saw while it unlearned. Utility is ToFU's on its retain questions alone: a small model knows nothing of"
-    " the world, and its model utility is 0 from the start.",
+    " method saw while it unlearned. Utility of a small Llama is ToFU's on its retain questions alone: it knows nothing"
+    " of the world, and its model utility is 0 from the start.",
 }
 
 
