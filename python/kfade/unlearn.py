@@ -48,7 +48,7 @@ from .step_size import search_step_size
 from .update import Update
 
 # Looks at the state on the way: after the first step and so often, each at so many held-out and forget sequences.
-LOOKS = 8
+LOOKS = 4
 GLANCE = 32
 # On the way the KL may be so many times the budget: what early steps break, the retain term mends. Beyond, steps are
 # shorter. The weight of that term is multiplied by the share of the budget that is spent, a mean over the last steps,
