@@ -258,7 +258,9 @@ def scores(
             if kl is not None and reference is not None:
                 divergence += kl(rows, reference.rows[number])
     mean_probability = probability / answers if answers else None
-    return Evaluation(records, tokens, nll / tokens, mean_probability, kl=None if kl is None else divergence / tokens)
+    # No KL is below 0, but its rounding may be; `max` would take NaN for 0.
+    mean_kl = 0.0 if divergence < 0 else divergence / tokens
+    return Evaluation(records, tokens, nll / tokens, mean_probability, kl=None if kl is None else mean_kl)
 
 
 # ---- generation

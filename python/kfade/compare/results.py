@@ -120,6 +120,8 @@ def verdict(sweep: Sweep, budget: float) -> str:
         return f"{sign * mean:.3g} ± {deviation:.2g}" if len(chosen[method]) > 1 else f"{sign * mean:.3g}"
 
     what = "nats a token from the retrained model" if sweep.aims else "nats a token of forget NLL"
+    if all(point.step == 0 for point in chosen[order[0]]):
+        return f"Within a retain KL of {budget:g}, nothing is better than the original model: {shown(order[0])} {what}."
     text = f"Within a retain KL of {budget:g}, {sweep.title(order[0])} is best: {shown(order[0])} {what}."
     rival = next((method for method in order if method not in OWN), None)
     if rival is None:
