@@ -121,6 +121,7 @@ def test_every_method_has_the_same_number_of_tries() -> None:
     assert all(c.steps == 6 for c in found["kfade"] if isinstance(c, UnlearnConfig))
     budgets = [c.kl_budget for c in found["kfade"] if isinstance(c, UnlearnConfig)]
     assert budgets == pytest.approx([0.0075, 0.075])
+    assert len(tries("kfade", model, forget, replace(OPTIONS, budgets=(0.01,)))) == 1  # the same again tells nothing
     for name, configs in found.items():
         for config, rate in zip(configs, (1e-3, 1e-2), strict=True):
             if isinstance(config, BaselineConfig):

@@ -49,8 +49,8 @@ def tries(name: str, model: nn.Module, forget: Iterable[Mapping[str, Tensor]], o
     """The configurations of a method, as many for each: a baseline's learning rates, K-FADE's budgets.
 
     K-FADE takes its own number of steps, or fewer if the allowance is smaller, and spends budgets of its own, from the
-    smallest to the largest at equal ratios, a quarter below ours. RMU steers layer 7 as published, or in a shallower
-    model the last but one.
+    smallest to the largest at equal ratios, a quarter below ours; of a single one it has one try. RMU steers layer 7
+    as published, or in a shallower model the last but one.
 
     Args:
         name: of the method.
@@ -66,7 +66,8 @@ def tries(name: str, model: nn.Module, forget: Iterable[Mapping[str, Tensor]], o
         low, high, count = min(options.budgets), max(options.budgets), len(options.learning_rates)
         ratios = [i / (count - 1) for i in range(count)] if count > 1 else [1.0]
         base = within(UnlearnConfig() if name == OURS else UnlearnConfig.published(), forget, options.epochs)
-        return [replace(base, kl_budget=float(f"{MARGIN * low * (high / low) ** r:.4g}")) for r in ratios]
+        tried = dict.fromkeys(float(f"{MARGIN * low * (high / low) ** r:.4g}") for r in ratios)
+        return [replace(base, kl_budget=budget) for budget in tried]
     values: dict[str, Any] = {"method": name, **VARIANTS.get(name, {}), "epochs": options.epochs}
     if name == "rmu":
         stack, _ = decoder_layers(model, 0)
