@@ -94,7 +94,8 @@ def test_the_sentences_say_who_wins_and_where_k_fade_is_behind() -> None:
     assert "K-FADE is 1 ahead of the best variant, 10 steps (2): better in 1 of 1 seed." in verdict(variants, 0.01)
     nothing = of([point("kfade", 0, 0.1, 1.0), point("npo", 0, 0.01, 10.0)])
     assert verdict(nothing, 0.01) == (
-        "Within a retain KL of 0.01, nothing is better than the original model: 9 nats a token from the retrained model."
+        "Within a retain KL of 0.01, nothing is better than the original model: 9 nats a token from the retrained"
+        " model."
     )
 
 
