@@ -418,7 +418,7 @@ def smollm(options: argparse.Namespace) -> Sweep:
     runs = sweep(task, methods, config, options.out / "runs", progress=Progress(show=True))
     original = [{**yardstick(model), **start["values"]}]
     return Sweep(
-        "SmolLM2-135M and capitals it knows", config, runs, [], original, [r.prompt for r in shown],
+        f"SmolLM2-135M and {len(known)} capitals it knows", config, runs, [], original, [r.prompt for r in shown],
         {"original": start["replies"]},
     )  # fmt: skip
 

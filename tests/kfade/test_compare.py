@@ -280,9 +280,12 @@ def test_the_page_fetches_nothing_and_escapes_all(tmp_path: Path) -> None:
     assert "the same in K-FADE&#x27;s time" in page
     rows = list(csv.DictReader((tmp_path / "points.csv").open()))
     assert len(rows) == len(made.points)
-    assert {row["task"] for row in made.rows()} == {"made by hand"}
+    assert {row["task"] for row in (*rows, *made.rows())} == {"made by hand"}
     same = report.write(tmp_path / "again", "title", "lead", [made]).read_text(encoding="utf-8")
     assert same == page
+    report.write(tmp_path / "two", "title", "lead", [made, replace(made, name="another")])
+    tasks = [row["task"] for row in csv.DictReader((tmp_path / "two" / "points.csv").open())]
+    assert tasks == ["made by hand"] * len(made.points) + ["another"] * len(made.points)
 
 
 def test_a_page_without_a_retrained_model_and_with_one_run(tmp_path: Path) -> None:

@@ -338,8 +338,7 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     intros = [*intros, *[""] * (len(sweeps) - len(intros))]
     sections = [section(sweep, intro=intro) for sweep, intro in zip(sweeps, intros, strict=True)]
-    points = [point for sweep in sweeps for point in sweep.points]
-    write_text(out / "points.csv", points_csv(points))
+    write_text(out / "points.csv", points_csv(sweeps))
     values = [sweep.to_json() for sweep in sweeps]
     write_text(out / "compare.json", json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
     path = out / "report.html"

@@ -137,14 +137,15 @@ def verdict(sweep: Sweep, budget: float) -> str:
     return text
 
 
-def points_csv(points: Sequence[Point]) -> str:
-    """All points, a line each; further data in columns of their own."""
-    names = sorted({name for point in points for name in point.others})
+def points_csv(sweeps: Sequence[Sweep]) -> str:
+    """All points, a line each, with the name of their sweep as in `rows`; further data in columns of their own."""
+    points = [(sweep.name, point) for sweep in sweeps for point in sweep.points]
+    names = sorted({name for _, point in points for name in point.others})
     columns = [f.name for f in fields(Point) if f.name != "others"]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, *(f"{name}_kl" for name in names)])
+    writer = csv.DictWriter(text, ["task", *columns, *(f"{name}_kl" for name in names)])
     writer.writeheader()
-    for point in points:
+    for task, point in points:
         others = {f"{name}_kl": value for name, value in point.others.items()}
-        writer.writerow({**{c: getattr(point, c) for c in columns}, **others})
+        writer.writerow({"task": task, **{c: getattr(point, c) for c in columns}, **others})
     return text.getvalue()
