@@ -381,6 +381,12 @@ def _train(stage: str, seed: int, split: str) -> None:
 # ---- SmolLM2 on its own knowledge
 
 
+def evenly(records: list[Record], count: int) -> list[Record]:
+    """So many of the records, from all over them."""
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
+
+
 def smollm(options: argparse.Namespace) -> Sweep:
     """Capitals that SmolLM2 knows; only the name of the city carries loss."""
     model, tokenizer = load_model(options.model or demo_model())
@@ -393,9 +399,9 @@ def smollm(options: argparse.Namespace) -> Sweep:
     forget, paraphrases = ([some[i] for i in known] for some in (data.forget, data.paraphrases))
     say(f"smollm: {len(known)} of {len(data.forget)} capitals are known; these are unlearned")
     cities = make_batches(tokenizer, forget, batch_size=FIT_BATCH, loss_on="answer")
-    retain = make_batches(tokenizer, data.retain[: options.smollm_retain], batch_size=FIT_BATCH)
-    retain += make_batches(tokenizer, data.text[: options.smollm_retain // 8], batch_size=FIT_BATCH)
-    held = make_batches(tokenizer, data.retain_held[:24], batch_size=FIT_BATCH)
+    # Of each kind as many as there are; no long texts, which would dilute a mean over tokens.
+    retain = make_batches(tokenizer, evenly(data.retain, options.smollm_retain), batch_size=FIT_BATCH)
+    held = make_batches(tokenizer, evenly(data.retain_held, 24), batch_size=FIT_BATCH)
     text = make_batches(tokenizer, data.text_held[:4], batch_size=FIT_BATCH)
     shown = [*forget[:3], *data.retain_held[:: max(1, len(data.retain_held) // 3)][:3]]
 
@@ -428,8 +434,7 @@ def smollm(options: argparse.Namespace) -> Sweep:
 
 INTROS = {
     "What matters": "Each line is K-FADE with one thing changed, at one budget of its own, on the same seeds.",
-    "SmolLM2": "Forget NLL is of the city's tokens. The KL on text is specificity: general text is no part of the"
-    " budget, and only a little of it is in the retain set.",
+    "SmolLM2": "Forget NLL is of the city's tokens. The KL on text is specificity: no general text is in the retain set.",
     "ToFU": "All models know the same authors. The retain KL, and ToFU's retain questions, are of authors that no"
     " method saw while it unlearned. Utility of a small Llama is ToFU's on its retain questions alone: it knows nothing"
     " of the world, and its model utility is 0 from the start.",
