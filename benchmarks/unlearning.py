@@ -434,7 +434,7 @@ def smollm(options: argparse.Namespace) -> Sweep:
 
 INTROS = {
     "What matters": "Each line is K-FADE with one thing changed, at one budget of its own, on the same seeds.",
-    "SmolLM2": "Forget NLL is of the city's tokens. The KL on text is specificity: no general text is in the retain set.",
+    "SmolLM2": "Forget NLL is of the city's tokens. The KL on text is specificity: the retain set has no general text.",
     "ToFU": "All models know the same authors. The retain KL, and ToFU's retain questions, are of authors that no"
     " method saw while it unlearned. Utility of a small Llama is ToFU's on its retain questions alone: it knows nothing"
     " of the world, and its model utility is 0 from the start.",
